@@ -1,0 +1,108 @@
+"""The device mesh, and where parameters, optimizer state and batches lie on it."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH_AXES = ("data", "fsdp")
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp`, `tensor` and `sequence`.
+
+    Args:
+        sizes: devices along each axis; one of them may be -1 and takes what is left.
+        devices: None means all of them.
+
+    Raises:
+        ValueError: if the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = [sizes[axis] for axis in AXES]
+    rest = math.prod(n for n in shape if n != -1)
+    if shape.count(-1) > 1 or rest < 1 or min(shape) < -1:
+        raise ValueError(f"mesh sizes are positive, and at most one is -1 (the rest); got {dict(zip(AXES, shape))}")
+    if -1 in shape and len(devices) % rest == 0:
+        shape[shape.index(-1)] = len(devices) // rest
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, shape))} takes {abs(math.prod(shape))} devices, there are {len(devices)}; "
+            "set one of config.mesh.{data,fsdp,tensor,sequence} to -1 to take what is left"
+        )
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def path_of(key_path) -> str:
+    """A pytree key path as names joined by slashes."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
+
+
+def param_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
+    """The partition of one leaf: the first rule whose regex matches its whole path.
+
+    A dimension that its mesh axis does not divide stays whole.
+
+    Raises:
+        ValueError: if no rule matches, or the rule has another number of dimensions.
+    """
+    for pattern, axes in rules:
+        if re.fullmatch(pattern, path):
+            break
+    else:
+        raise ValueError(f"no sharding rule matches {path} {shape}; add one to the family's sharding_rules")
+    if len(axes) != len(shape):
+        raise ValueError(f"sharding rule {pattern!r} has {len(axes)} axes, but {path} has shape {shape}")
+    fits = [axis if axis is None or size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape)]
+    return PartitionSpec(*fits)
+
+
+def state_shardings(state: Any, rules: Rules, mesh: Mesh) -> Any:
+    """Shardings for a whole train state, as `jax.eval_shape` gives it.
+
+    Leaves under `params` and `model_state` follow the rules. Everything shaped like a parameter and ending in
+    its path (moments, averages) lies where the parameter lies; all else is replicated.
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path({"params": state.params, **state.model_state})
+    specs = {path_of(p): (leaf.shape, param_spec(path_of(p), leaf.shape, rules, mesh)) for p, leaf in flat}
+    by_tail = {path.removeprefix("params/"): found for path, found in specs.items()}
+
+    def place(key_path, leaf):
+        parts = path_of(key_path).split("/")
+        for start in range(len(parts)):
+            tail = "/".join(parts[start:])
+            shape, spec = specs.get(tail) or by_tail.get(tail) or (None, None)
+            if shape == leaf.shape:
+                return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Batches are split along their first axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(name: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+    """Raises `ValueError` if a global batch does not split over the mesh (in `parts` accumulation steps)."""
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * parts
+    if batch_size % ways:
+        lower, upper = batch_size // ways * ways, -(-batch_size // ways) * ways
+        near = f"{upper}" if lower == 0 else f"{lower} or {upper}"
+        raise ValueError(
+            f"{name} = {batch_size} does not divide over {ways // parts} devices of the batch axes"
+            + (f" times accum_steps = {parts}" if parts > 1 else "")
+            + f"; the nearest that does: {near}"
+        )
+
+
+def place_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """This process's rows of a global batch, put on its devices."""
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}

@@ -1,0 +1,125 @@
+"""One training step and one evaluation step, as pure functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, Key
+
+from train.optim import ema_update
+from train.tasks import Batch, Task
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes from step to step, and all that a checkpoint must hold.
+
+    Attributes:
+        step: steps done.
+        params: the parameters.
+        model_state: the model's other collections, such as `batch_stats`; `{}` where it has none.
+        opt_state: the optimizer's state.
+        ema: running average of `params` and `model_state`, `{}` where it is off.
+        nonfinite_step: the first step whose loss or gradient was not finite, -1 while there is none.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    model_state: Any
+    opt_state: Any
+    ema: Any
+    nonfinite_step: Int[Array, ""]
+
+    def variables(self, averaged: bool = False) -> dict[str, Any]:
+        """What `model.apply` takes; with `averaged` the running averages where they are kept."""
+        if averaged and self.ema:
+            return self.ema
+        return {"params": self.params, **self.model_state}
+
+
+def init_state(model: nn.Module, optimizer: optax.GradientTransformation, example, *, seed: int, ema: bool):
+    """The state before the first step; a pure function of its arguments, to be jitted with shardings.
+
+    Args:
+        model: the model.
+        optimizer: its optimizer.
+        example: one input of the model (shape and dtype matter, values do not).
+        seed: of the initial parameters.
+        ema: whether running averages are kept.
+    """
+    model_state = dict(model.init(jax.random.key(seed), example))
+    params = model_state.pop("params")
+    # A copy, lest two leaves of a donated state share a buffer.
+    average = jax.tree.map(jnp.copy, {"params": params, **model_state}) if ema else {}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        model_state=model_state,
+        opt_state=optimizer.init(params),
+        ema=average,
+        nonfinite_step=jnp.full((), -1, jnp.int32),
+    )
+
+
+def make_train_step(
+    model: nn.Module,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    accum_steps: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
+    """The function `(state, batch, key) -> (state, metrics)`.
+
+    All randomness of a step derives from `key` and the step's number, so that a resumed run draws the same.
+    With `accum_steps` the batch is cut into that many parts whose gradients are averaged; what the model keeps
+    besides its parameters (batch statistics) is carried from part to part.
+    """
+
+    def gradients(params, model_state, batch, key):
+        def loss(params):
+            return task.loss(model, {"params": params, **model_state}, batch, key)
+
+        (_, (metrics, model_state)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, metrics, model_state
+
+    def accumulated(params, model_state, batch, key):
+        # Every part takes each k-th example, so that all devices stay busy and no example moves.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(carry, part):
+            total, model_state = carry
+            index, rows = part
+            grads, metrics, model_state = gradients(params, model_state, rows, jax.random.fold_in(key, index))
+            return (jax.tree.map(jnp.add, total, grads), model_state), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (total, model_state), metrics = jax.lax.scan(
+            add, (zeros, model_state), (jnp.arange(accum_steps), parts)
+        )
+        mean = jax.tree.map(lambda g: g / accum_steps, total)
+        return mean, jax.tree.map(lambda m: m.mean(0), metrics), model_state
+
+    def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
+        prepare_key, model_key = jax.random.split(jax.random.fold_in(key, state.step))
+        batch = task.prepare(batch, prepare_key)
+        compute = gradients if accum_steps == 1 else accumulated
+        grads, metrics, model_state = compute(state.params, state.model_state, batch, model_key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        step = state.step + 1
+        metrics = {**metrics, "grad_norm": grad_norm, "lr": schedule(state.step)}
+        ema = state.ema
+        if ema_decay:
+            ema = ema_update(ema, {"params": params, **model_state}, ema_decay, state.step)
+        first = jnp.where((state.nonfinite_step < 0) & ~finite, step, state.nonfinite_step)
+        return TrainState(step, params, model_state, opt_state, ema, first), metrics
+
+    return train_step
