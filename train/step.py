@@ -99,9 +99,7 @@ def make_train_step(
             return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        (total, model_state), metrics = jax.lax.scan(
-            add, (zeros, model_state), (jnp.arange(accum_steps), parts)
-        )
+        (total, model_state), metrics = jax.lax.scan(add, (zeros, model_state), (jnp.arange(accum_steps), parts))
         mean = jax.tree.map(lambda g: g / accum_steps, total)
         return mean, jax.tree.map(lambda m: m.mean(0), metrics), model_state
 

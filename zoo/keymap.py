@@ -113,6 +113,11 @@ class Rule:
         spellings = {n: tuple(map(str, v.values())) for n, v in self.where.items() if isinstance(v, Mapping)}
         return _Template(self.target, spellings)
 
+    @property
+    def placeholders(self) -> set[str]:
+        """The names of the placeholders."""
+        return self._target.names
+
     def _allowed(self, bindings: Bindings) -> bool:
         return all(isinstance(v, Mapping) or bindings[n] in v for n, v in self.where.items())
 
@@ -176,7 +181,8 @@ class KeyMap:
         Raises:
             KeyMapError: If two rules write it.
         """
-        found = [(rule, bound) for rule in self.rules if (bound := rule.match_target(path)) is not None]
+        rules = (*self._by_target.get(path, ()), *self._by_target[""])
+        found = [(rule, bound) for rule in rules if (bound := rule.match_target(path)) is not None]
         if len(found) > 1:
             raise KeyMapError(f"leaf {path!r} is written by two rules: {[rule.source for rule, _ in found]}")
         return found[0][0].entry(found[0][1]) if found else None
@@ -187,7 +193,8 @@ class KeyMap:
         Raises:
             KeyMapError: If two rules read it, or a rule reads it although it is listed as ignored.
         """
-        found = [(rule, bound) for rule in self.rules if (bound := rule.match_source(key)) is not None]
+        rules = (*self._by_source.get(key, ()), *self._by_source[""])
+        found = [(rule, bound) for rule in rules if (bound := rule.match_source(key)) is not None]
         if len(found) > 1:
             raise KeyMapError(f"source key {key!r} matches two rules: {[rule.target for rule, _ in found]}")
         if found and self.ignored(key) is not None:
@@ -219,6 +226,22 @@ class KeyMap:
     def has_classifier(self) -> bool:
         """Whether checkpoints of this naming hold a classifier."""
         return any(self.is_classifier(rule.target) for rule in self.rules)
+
+    @cached_property
+    def _by_source(self) -> dict[str, list[Rule]]:
+        return self._index(lambda rule: (rule.source,) if isinstance(rule.source, str) else rule.source)
+
+    @cached_property
+    def _by_target(self) -> dict[str, list[Rule]]:
+        return self._index(lambda rule: (rule.target,))
+
+    def _index(self, texts: Callable[[Rule], tuple[str, ...]]) -> dict[str, list[Rule]]:
+        """Rules without placeholders by name, all others under the empty name."""
+        index: dict[str, list[Rule]] = {"": []}
+        for rule in self.rules:
+            for text in ("",) if rule.placeholders else texts(rule):
+                index.setdefault(text, []).append(rule)
+        return index
 
     @cached_property
     def _ignore(self) -> list[tuple[re.Pattern, str]]:
@@ -329,7 +352,7 @@ def check_key_map(
     return tuple(rule for rule in key_map.rules if id(rule) not in used)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict from paths with slashes to leaves."""
     flat = {}
     for key, value in tree.items():

@@ -1,0 +1,272 @@
+"""FLOPs and bytes of a function, counted on its jaxpr: the one counter for benchmarks, MFU and planning.
+
+XLA's own `cost_analysis` counts the body of a loop once whatever its length, needs a compilation, and depends on
+what the compiler made of the program. Here a loop counts as often as it runs, and nothing is compiled.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+from kernels.cost_rules import Counts, count, is_known
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+# Primitives that only run a function, and under which name they hold it.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vmap_call": "call",
+    "composite": "jaxpr",
+    "shard_map": "jaxpr",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a function costs; integers throughout.
+
+    Attributes:
+        flops: operations other than transcendental ones, a multiply-add being two.
+        transcendentals: values of exp, log, sqrt, tanh, power and the like.
+        bytes: operands and results of every primitive, nothing fused: an upper bound on the traffic.
+        io_bytes: arguments, constants and results, each moved once: the lower bound.
+        matmul_flops: the part of `flops` in matrix products and convolutions. What a Pallas kernel
+            computes is not in it, as its estimate does not say.
+        by_primitive: the same four counts for every primitive, by its name.
+    """
+
+    flops: int
+    transcendentals: int
+    bytes: int
+    io_bytes: int
+    matmul_flops: int
+    by_primitive: dict[str, Counts]
+
+
+def cost(
+    fn: Callable[..., Any], *args: Any, platform: str = "cpu", while_trips: int | None = None, **kwargs: Any
+) -> Cost:
+    """Counts what `fn(*args, **kwargs)` costs, without compiling or running it.
+
+    Results that nobody reads are not counted, as XLA removes them; otherwise every primitive counts as often
+    as it runs. A scan counts its length times, a `while_loop` (and a `fori_loop` with traced bounds) as often
+    as its bounds say where they are constants, a conditional as its most expensive branch, a
+    `platform_dependent` as the branch of `platform`, a `shard_map` as one shard times the number of shards:
+    the total over the devices. What each primitive counts is in `kernels.cost_rules`.
+
+    Args:
+        fn: a function of arrays, jitted, differentiated or plain.
+        *args, **kwargs: its arguments; arrays, or `jax.ShapeDtypeStruct`s in their place.
+        platform: the one of whose program the cost is wanted: `"cpu"`, `"cuda"`, `"rocm"` or `"tpu"`.
+        while_trips: how often each loop runs whose number of rounds cannot be read off.
+
+    Raises:
+        ValueError: for a primitive that has no rule, all of them named; a loop with an unknown number of
+            rounds; a `pallas_call` without a `cost_estimate`; an unknown platform.
+    """
+    if platform not in PLATFORMS:
+        close = difflib.get_close_matches(str(platform), PLATFORMS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(repr, PLATFORMS))}"
+        raise ValueError(f"cost: unknown platform {platform!r}; {hint}")
+    closed = jax.make_jaxpr(fn)(*args, **kwargs)
+    counter = _Counter(platform, while_trips)
+    tally, _ = counter.jaxpr(closed, [True] * len(closed.out_avals), {})
+    if counter.unknown:
+        raise ValueError(
+            f"cost: no rule for the primitives {', '.join(sorted(counter.unknown))}; add them to kernels.cost_rules"
+        )
+    total = sum(tally.values(), Counts())
+    edges = [*closed.in_avals, *map(jax.typeof, closed.consts), *closed.out_avals]
+    return Cost(
+        flops=total.flops,
+        transcendentals=total.transcendentals,
+        bytes=total.bytes,
+        io_bytes=sum(a.size * a.dtype.itemsize for a in edges),
+        matmul_flops=total.matmul_flops,
+        by_primitive=dict(sorted(tally.items())),
+    )
+
+
+Tally = dict[str, Counts]
+
+
+def _merge(tally: Tally, other: Tally, times: int = 1) -> None:
+    for name, counts in other.items():
+        tally[name] = tally.get(name, Counts()) + counts * times
+
+
+class _Counter:
+    """The walk: `jaxpr` goes through equations, the other methods through what contains jaxprs."""
+
+    def __init__(self, platform: str, while_trips: int | None):
+        self.platform, self.while_trips = platform, while_trips
+        self.unknown: set[str] = set()
+
+    def jaxpr(self, closed, wanted: list[bool], known: dict[int, int]) -> tuple[Tally, list[bool]]:
+        """Counts of one jaxpr, and which of its arguments they read.
+
+        Args:
+            closed: the jaxpr, with or without constants of its own.
+            wanted: which of its results are read by anyone.
+            known: arguments, by position, that are integers known beforehand.
+        """
+        jaxpr = getattr(closed, "jaxpr", closed)
+        values = {jaxpr.invars[position]: value for position, value in known.items()}
+        for variable, constant in zip(jaxpr.constvars, getattr(closed, "consts", ())):
+            if np.ndim(constant) == 0 and np.issubdtype(np.result_type(constant), np.integer):
+                values[variable] = int(constant)
+
+        def value_of(atom) -> int | None:
+            if isinstance(atom, Literal):
+                integer = np.ndim(atom.val) == 0 and np.issubdtype(np.result_type(atom.val), np.integer)
+                return int(atom.val) if integer else None
+            return values.get(atom)
+
+        live = {atom for atom, want in zip(jaxpr.outvars, wanted) if want and not isinstance(atom, Literal)}
+        tally: Tally = {}
+        for eqn in reversed(jaxpr.eqns):
+            outputs = [variable in live for variable in eqn.outvars]
+            if not any(outputs) and not eqn.effects:
+                continue
+            inner, inputs = self.equation(eqn, outputs, [value_of(atom) for atom in eqn.invars])
+            _merge(tally, inner)
+            live.update(a for a, read in zip(eqn.invars, inputs) if read and not isinstance(a, Literal))
+        return tally, [variable in live for variable in jaxpr.invars]
+
+    def equation(self, eqn, wanted: list[bool], known: list[int | None]) -> tuple[Tally, list[bool]]:
+        name = eqn.primitive.name
+        every = [True] * len(eqn.invars)
+        if name in CALLS:
+            positions = {i: value for i, value in enumerate(known) if value is not None}
+            tally, inputs = self.jaxpr(eqn.params[CALLS[name]], wanted, positions)
+            if name == "shard_map":
+                mesh = eqn.params["mesh"].shape
+                shards = math.prod(mesh[axis] for axis in eqn.params["newly_manual_axes"])
+                tally = {inner: counts * shards for inner, counts in tally.items()}
+            return tally, inputs
+        if name == "cond":
+            return self.cond(eqn, wanted)
+        if name == "scan":
+            return self.loop((eqn.params["jaxpr"], eqn.params["length"])), every
+        if name == "while":
+            trips = self.trips(eqn, known)
+            body, condition = eqn.params["body_jaxpr"], eqn.params["cond_jaxpr"]
+            return self.loop((body, trips), (condition, trips + 1)), every
+        if name == "pallas_call":
+            return {name: _kernel_counts(eqn)}, every
+        if not is_known(eqn):
+            self.unknown.add(name)
+            return {}, every
+        return {name: count(eqn)}, every
+
+    def loop(self, *parts) -> Tally:
+        tally: Tally = {}
+        for closed, times in parts:
+            inner, _ = self.jaxpr(closed, [True] * len(closed.out_avals), {})
+            _merge(tally, inner, times)
+        return tally
+
+    def cond(self, eqn, wanted: list[bool]) -> tuple[Tally, list[bool]]:
+        branches = eqn.params["branches"]
+        platforms = eqn.params.get("branches_platforms")
+        if platforms is not None:
+            matching = [i for i, names in enumerate(platforms) if names is None or self.platform in names]
+            if not matching:
+                raise ValueError(
+                    f"cost: a platform_dependent has no branch for {self.platform!r}, only for "
+                    + ", ".join(name for names in platforms for name in names)
+                )
+            tally, inputs = self.jaxpr(branches[matching[0]], wanted, {})
+            return tally, [False, *inputs]
+        counted = [self.jaxpr(branch, wanted, {}) for branch in branches]
+
+        def expense(tally: Tally):
+            total = sum(tally.values(), Counts())
+            return total.flops + total.transcendentals, total.bytes
+
+        worst = max((tally for tally, _ in counted), key=expense)
+        return worst, [True, *(any(reads) for reads in zip(*(inputs for _, inputs in counted)))]
+
+    def trips(self, eqn, known: list[int | None]) -> int:
+        trips = _constant_trips(eqn, known)
+        if trips is None:
+            trips = self.while_trips
+        if trips is None:
+            carried = ", ".join(variable.aval.str_short() for variable in eqn.outvars)
+            raise ValueError(
+                f"cost: the number of rounds of the while_loop over ({carried}) cannot be read off; "
+                "pass while_trips=, or give fori_loop constant bounds"
+            )
+        return trips
+
+
+def _constant_trips(eqn, known: list[int | None]) -> int | None:
+    """The rounds of a loop that counts a carried integer by a constant up or down to a constant."""
+    params = eqn.params
+    condition, body = (getattr(params[name], "jaxpr", params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
+    skip, skip_body = params["cond_nconsts"], params["body_nconsts"]
+    start = known[skip + skip_body :]
+    if len(condition.eqns) != 1 or condition.eqns[0].outvars[0] is not condition.outvars[0]:
+        return None
+
+    def position(jaxpr, atom, before) -> int | None:
+        found = [i for i, v in enumerate(jaxpr.invars[before:]) if v is atom]
+        return found[0] if found else None
+
+    def step(carried) -> int | None:
+        """What every round adds to a carried value, 0 if it stays, None if that is unknown."""
+        result = body.outvars[carried]
+        if position(body, result, skip_body) == carried:
+            return 0
+        made_by = [e for e in body.eqns if e.outvars[0] is result]
+        if not made_by or made_by[0].primitive.name not in ("add", "sub"):
+            return None
+        left, right = made_by[0].invars
+        if isinstance(left, Literal):
+            left, right = (right, left) if made_by[0].primitive.name == "add" else (left, right)
+        if position(body, left, skip_body) != carried or not isinstance(right, Literal):
+            return None
+        return int(right.val) if made_by[0].primitive.name == "add" else -int(right.val)
+
+    def operand(atom) -> tuple[int, int] | None:
+        """First value and step of an operand of the comparison."""
+        if isinstance(atom, Literal):
+            return int(atom.val), 0
+        carried = position(condition, atom, skip)
+        if carried is None:
+            constant = known[list(condition.invars).index(atom)]
+            return None if constant is None else (constant, 0)
+        change = step(carried)
+        return None if change is None or start[carried] is None else (start[carried], change)
+
+    operands = [operand(atom) for atom in condition.eqns[0].invars]
+    if None in operands:
+        return None
+    (a, da), (b, db) = operands
+    comparison = condition.eqns[0].primitive.name
+    if comparison in ("gt", "ge"):
+        (a, da), (b, db) = (b, db), (a, da)
+    # Now the loop goes on while a < b, or a <= b, and their distance changes by b's step less a's.
+    distance, closing = b - a + (comparison in ("le", "ge")), da - db
+    if comparison not in ("lt", "le", "gt", "ge") or closing <= 0:
+        return None if comparison not in ("lt", "le", "gt", "ge") or distance > 0 else 0
+    return max(0, -(-distance // closing))
+
+
+def _kernel_counts(eqn) -> Counts:
+    estimate, name = eqn.params["cost_estimate"], eqn.params["name"]
+    if estimate is None:
+        raise ValueError(f"cost: the Pallas kernel {name!r} declares no cost_estimate; pass one to its pallas_call")
+    return Counts(estimate.flops, estimate.transcendentals, estimate.bytes_accessed)

@@ -1,0 +1,384 @@
+"""Batches of examples in an order that no number of processes, workers or restarts changes."""
+
+import dataclasses
+import functools
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+
+from train.sources import Dataset
+
+Batch = dict[str, np.ndarray]
+TrainTransform = Callable[[dict[str, Any], np.random.Generator], Mapping[str, Any]]
+EvalTransform = Callable[[dict[str, Any]], Mapping[str, Any]]
+
+PIL_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPosition:
+    """Where training stands in its data: what a checkpoint stores, and all that going on needs.
+
+    Attributes:
+        examples: the global example number of the next example.
+        fingerprint: of the data set that the examples came from.
+    """
+
+    examples: int
+    fingerprint: str
+
+    def check(self, dataset: Dataset) -> None:
+        """Raises ValueError unless `dataset` is the one that this position belongs to."""
+        if dataset.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"the checkpoint was written on the data set {self.fingerprint!r}, but the {dataset.name} is "
+                f"{dataset.fingerprint!r}: give it the same data, or start in a new workdir"
+            )
+
+
+def shuffled(number: int, *, size: int, seed: int) -> tuple[int, int]:
+    """The order of training: which example a global example number stands for.
+
+    Each epoch visits each example exactly once, in an order of its own.
+
+    Args:
+        number: global example number, counted from the start of training over all processes.
+        size: number of examples in the data set.
+        seed: of the order.
+
+    Returns:
+        (index, epoch): the example's place in the data set, and how often training went through it before.
+    """
+    epoch, place = divmod(number, size)
+    key = _epoch_seed(seed, epoch)
+    return grain.experimental.index_shuffle(place, max_index=size - 1, seed=key, rounds=4), epoch
+
+
+@functools.lru_cache
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1)[0])
+
+
+def decode(image: bytes | np.ndarray, *, channels: int, name: str) -> UInt8[np.ndarray, "H W C"]:
+    """An image's pixels with the wanted number of channels.
+
+    Grey becomes colour by repetition, colour grey by ITU-R 601 luma; an alpha channel is dropped.
+
+    Args:
+        image: an encoded file (whatever PIL reads, 8 bits a channel), or uint8 (H, W) or (H, W, 1, 3 or 4).
+        channels: 1 or 3.
+        name: what an error calls the image.
+
+    Returns:
+        uint8 (H, W, channels), not to be written to.
+
+    Raises:
+        ValueError: the image cannot be decoded or is not one of the kinds above; it contains `name`.
+    """
+    if channels not in PIL_MODES:
+        raise ValueError(f"channels={channels!r}: must be 1 or 3")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (1,), (3,), (4,)):
+            raise ValueError(
+                f"{name} has shape {image.shape} and dtype {image.dtype}; "
+                "uint8 of (H, W) or (H, W, 1, 3 or 4) is needed"
+            )
+        if image.shape[2:] == (channels,):
+            return image
+        pixels = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    else:
+        try:
+            pixels = Image.open(io.BytesIO(image))
+            pixels.load()
+        # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error and more for broken files.
+        except Exception as error:
+            reason = "no format that PIL knows" if isinstance(error, UnidentifiedImageError) else error
+            raise ValueError(f"{name} cannot be decoded ({len(image)} bytes): {reason}") from error
+    if pixels.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{name} has more than 8 bits a channel (PIL mode {pixels.mode!r}): convert it to 8 bits"
+        )
+    if "transparency" in pixels.info:
+        # PIL warns of palette images with several transparent colours unless they pass through RGBA.
+        pixels = pixels.convert("RGBA")
+    array = np.asarray(pixels.convert(PIL_MODES[channels]))
+    return array[..., None] if channels == 1 else array
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """The batches of one process by their number: what grain reads, possibly in another process."""
+
+    dataset: Dataset
+    transform: Callable[..., Mapping[str, Any]]
+    channels: int
+    batch_size: int
+    process_index: int
+    process_count: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.batch_size % self.process_count:
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be shared equally by {self.process_count} processes; "
+                f"a multiple of {self.process_count} can"
+            )
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(
+                f"process_index={self.process_index} is not one of the process_count={self.process_count} processes"
+            )
+        if not len(self.dataset):
+            raise ValueError(f"the {self.dataset.name} has no example")
+
+    def rows(self, step: int) -> range:
+        """The numbers, counted over all processes, of this process's rows in global batch `step`."""
+        per_process = self.batch_size // self.process_count
+        first = step * self.batch_size + self.process_index * per_process
+        return range(first, first + per_process)
+
+    def record(self, index: int, *randomness: np.random.Generator) -> dict[str, Any]:
+        example = self.dataset.source[index]
+        label, name = example["label"], f"example {index} of the {self.dataset.name}"
+        if "file" in example:
+            name += f" ({example['file']})"
+        image = decode(example["image"], channels=self.channels, name=name)
+        record = dict(self.transform({"image": image, "label": label, "index": index}, *randomness))
+        record["label"] = np.int32(record.get("label", label))
+        return record
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainView(_View):
+    seed: int
+    start: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("seed", "start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative")
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, step: int) -> Batch:
+        records = []
+        for row in self.rows(step):
+            index, epoch = shuffled(self.start + row, size=len(self.dataset), seed=self.seed)
+            sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch, index))
+            record = self.record(index, np.random.Generator(np.random.PCG64(sequence)))
+            record["index"] = np.int32(index)
+            records.append(record)
+        return _stack(records)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalView(_View):
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        last = len(self.dataset) - 1
+        # The padding repeats the last example: something of the right shape, which the mask tells to ignore.
+        batch = _stack([self.record(min(row, last)) for row in self.rows(step)])
+        batch["mask"] = np.asarray([row <= last for row in self.rows(step)])
+        return batch
+
+
+def _stack(records: list[dict[str, Any]]) -> Batch:
+    batch = {}
+    for key in records[0]:
+        values = [np.asarray(record[key]) for record in records]
+        shapes = sorted({value.shape for value in values})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{key!r} has the shapes {', '.join(map(str, shapes))} within one batch: the transform must "
+                "give all examples the same shape"
+            )
+        batch[key] = np.stack(values)
+    return batch
+
+
+class Batches(Iterator[Batch]):
+    """Batches made ahead of time by threads or worker processes.
+
+    `close` or the end of a `with` block stops those. An exception raised while a batch was made is raised where
+    that batch was asked for, and stops them too.
+    """
+
+    def __init__(self, view: _View, *, workers: int, prefetch: int):
+        if workers < 0 or prefetch < (1 if workers else 0):
+            raise ValueError(
+                f"workers={workers}, prefetch={prefetch}: neither can be negative, and workers need a prefetch "
+                "of at least 1"
+            )
+        self._view = view
+        # A worker process works ahead by its output queue and needs no threads for that.
+        threads = 0 if workers else prefetch
+        batches = grain.MapDataset.source(view).to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        )
+        if workers:
+            # Grain reads absl flags there, which raises in a program that never parsed any; defaults will do.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch),
+                worker_init_fn=_prepare_worker,
+            )
+        # Grain's iterator must be gone before the interpreter is: the finalizer holds the last reference.
+        self._iterators = [iter(batches)]
+        self._finalizer = weakref.finalize(self, _close_all, self._iterators)
+
+    def __next__(self) -> Batch:
+        if not self._iterators:
+            raise ValueError("these batches were closed, or an error ended them")
+        try:
+            batch = next(self._iterators[0])
+        except StopIteration:
+            raise
+        except Exception:
+            self.close()
+            raise
+        # What workers hand over lives in shared memory, which is small in a container and leaks if the process ends
+        # with it in use.
+        return {key: value if type(value) is np.ndarray else np.array(value) for key, value in batch.items()}
+
+    def close(self) -> None:
+        """Stops the threads or workers; there are no more batches then."""
+        self._finalizer()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _close_all(iterators: list[grain.DatasetIterator]) -> None:
+    while iterators:
+        iterators.pop().close()
+
+
+class TrainBatches(Batches):
+    """The endless batches of training."""
+
+    def position(self, batches: int) -> DataPosition:
+        """Where training stands after the first `batches` batches of this iterator."""
+        return DataPosition(
+            examples=self._view.start + batches * self._view.batch_size,
+            fingerprint=self._view.dataset.fingerprint,
+        )
+
+
+def train_iterator(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    transform: TrainTransform,
+    start: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    prefetch: int = 2,
+    channels: int | None = None,
+) -> TrainBatches:
+    """Endless shuffled batches; global batch k holds the examples start + k * batch_size and on, in order.
+
+    What a batch holds depends on `dataset`, `batch_size`, `seed`, `transform` and `start` alone: `shuffled` gives
+    the order, and the randomness of an example is keyed by (seed, index, epoch).
+
+    Args:
+        dataset: from `open_source`.
+        batch_size: rows of the global batch, a multiple of `process_count`.
+        seed: of the order and of the transform's randomness.
+        transform: called as transform(example, rng) with {"image": uint8 (H, W, channels), not to be written to;
+            "label": int; "index": int} and the example's own np.random.Generator. It returns a dict of arrays of
+            one shape each. With `workers` it must be picklable.
+        start: global example number to begin with, `DataPosition.examples` when resuming.
+        process_index: which of the equal slices of each global batch to give.
+        process_count: how many slices there are.
+        workers: number of worker processes; 0 makes the batches in threads of this process.
+        prefetch: batches made ahead, by as many threads; with workers, batches made ahead by each worker.
+        channels: 1 or 3; None means the data set's own.
+
+    Returns:
+        Iterator over dicts of arrays (batch_size / process_count, ...): what the transform returned, "label" int32
+        and "index" int32, the examples' places in the data set.
+
+    Raises:
+        ValueError: an argument out of range, or a batch size that the processes cannot share equally.
+    """
+    view = _TrainView(
+        dataset,
+        transform,
+        dataset.channels if channels is None else channels,
+        batch_size,
+        process_index,
+        process_count,
+        seed,
+        start,
+    )
+    return TrainBatches(view, workers=workers, prefetch=prefetch)
+
+
+def eval_iterator(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    transform: EvalTransform,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    prefetch: int = 2,
+    channels: int | None = None,
+) -> Batches:
+    """Every example exactly once, in the data set's order, in batches of one size.
+
+    Args:
+        dataset, batch_size, process_index, process_count, workers, prefetch, channels: as in `train_iterator`.
+        transform: called as transform(example), otherwise as in `train_iterator`.
+
+    Returns:
+        Iterator over ceil(len(dataset) / batch_size) dicts of arrays (batch_size / process_count, ...): what the
+        transform returned, "label" int32, and "mask" bool: False marks the padding of the last batch. All processes
+        get the same number of batches.
+
+    Raises:
+        ValueError: as in `train_iterator`.
+    """
+    view = _EvalView(
+        dataset,
+        transform,
+        dataset.channels if channels is None else channels,
+        batch_size,
+        process_index,
+        process_count,
+    )
+    return Batches(view, workers=workers, prefetch=prefetch)
+
+
+def _prepare_worker(worker_index: int, worker_count: int) -> None:
+    # Ctrl-C and many a scheduler's SIGTERM reach every process of the group. What they mean is for the main process
+    # to decide, which still needs its batches until it has saved and closes the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    # A killed main process tells its workers nothing, and they would wait for it forever.
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,109 @@
+"""A run before its first step: model, task, mesh, shapes and shardings, and the functions to be compiled."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import zoo
+from train import optim, sharding, step, tasks
+from train.sources import Dataset
+from zoo import registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What `build` makes; nothing is computed yet.
+
+    Attributes:
+        model, task, mesh: as the config asks for.
+        abstract_state: shapes, dtypes and shardings of the train state.
+        init: `() -> state`, jitted.
+        train_step: `(state, batch, key) -> (state, metrics)`, jitted; donates the state.
+        eval_step: `(variables, batch) -> sums`, jitted.
+        rows: sharding of batches.
+        replicated: sharding of what every device holds whole.
+    """
+
+    model: nn.Module
+    task: tasks.Task
+    mesh: Mesh
+    abstract_state: step.TrainState
+    init: Any
+    train_step: Any
+    eval_step: Any
+    rows: NamedSharding
+    replicated: NamedSharding
+
+
+def build_model(config: ml_collections.ConfigDict, dataset: Dataset) -> nn.Module:
+    """The model that a config names; classes are the data set's and channels those of `data.mean`."""
+    fields = dict(
+        num_classes=dataset.num_classes,
+        in_chans=len(config.data.mean),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        remat=config.remat,
+    )
+    return zoo.create_model(config.model.name, **{**fields, **config.model.overrides})
+
+
+def image_size(config: ml_collections.ConfigDict, dataset: Dataset) -> tuple[int, int]:
+    """Height and width that the model sees: `data.image_size`, or the size that all images have."""
+    if config.data.image_size is not None:
+        return config.data.image_size, config.data.image_size
+    if dataset.image_shape is None:
+        raise ValueError(f"the images of {dataset.name} differ in size; set config.data.image_size")
+    return dataset.image_shape[:2]
+
+
+def build(config: ml_collections.ConfigDict, dataset: Dataset) -> Program:
+    """Builds a run's program.
+
+    Args:
+        config: a complete config (`train.config.load`).
+        dataset: the training split; it tells the number of classes and the image size.
+
+    Raises:
+        ValueError: for a model, a mesh or a batch size that does not fit; the message names the config's key.
+        TypeError: for an unknown field in `model.overrides`.
+    """
+    mesh = sharding.make_mesh(dict(config.mesh))
+    sharding.check_batch("config.data.batch_size", config.data.batch_size, mesh, config.accum_steps)
+    model = build_model(config, dataset)
+    task = tasks.Classify.from_config(config, model.num_classes)
+    family = registry.family_of(config.model.name)
+    example = jnp.zeros((1, *image_size(config, dataset), len(config.data.mean)), jnp.dtype(config.dtype))
+    params = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
+    layer_of, last_layer = family.layers(model)
+    optimizer, schedule = optim.make(config.optim, config.total_steps, params, layer_id=layer_of, num_layers=last_layer)
+    init = functools.partial(step.init_state, model, optimizer, example, seed=config.seed, ema=config.ema > 0)
+    abstract = jax.eval_shape(init)
+    places = sharding.state_shardings(abstract, family.sharding_rules, mesh)
+    rows, replicated = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    train_step = step.make_train_step(
+        model, task, optimizer, schedule, accum_steps=config.accum_steps, ema_decay=config.ema
+    )
+    return Program(
+        model=model,
+        task=task,
+        mesh=mesh,
+        abstract_state=jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places
+        ),
+        init=jax.jit(init, out_shardings=places),
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(places, rows, replicated),
+            out_shardings=(places, replicated),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(functools.partial(task.evaluate, model), out_shardings=replicated),
+        rows=rows,
+        replicated=replicated,
+    )

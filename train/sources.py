@@ -1,0 +1,360 @@
+"""Image data sets by name: the built-in digits, a folder of images, whatever TFDS prepared as ArrayRecord."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from etils import epath
+
+from zoo.registry import nearest
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+LAYOUT = "the layout should be split/class_name/*.jpg"
+SIZES_IN_FINGERPRINT = 1024
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to examples.
+
+    An example is a dict of "image" (uint8 array (H, W, C), not to be written to, or the bytes of an encoded file),
+    "label" (int) and perhaps "file" (str), which an error about the example should name.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """One split of a data set.
+
+    Attributes:
+        name: what error messages call it.
+        source: its examples.
+        fingerprint: tells from the content whether two data sets are the same, wherever they are stored.
+        num_classes: labels are 0 .. num_classes - 1.
+        label_names: one name per class.
+        image_shape: (H, W, C) where all images share it, else None.
+        channels: of the images: 1 or 3. Single images may differ (a grey JPEG among colour ones).
+    """
+
+    name: str
+    source: Source
+    fingerprint: str
+    num_classes: int
+    label_names: tuple[str, ...]
+    image_shape: tuple[int, int, int] | None
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def open_source(name: str, *, split: str, path: epath.PathLike | None = None) -> Dataset:
+    """Opens one split of a data set for random access. Nothing is ever downloaded.
+
+    Args:
+        name: one of
+            "digits": the 1,797 handwritten digits (8, 8, 1) that scikit-learn carries;
+            "folder": the files path/split/class_name/*.jpg (also .jpeg, .png, .webp, .bmp);
+            "tfds": the prepared TFDS data set whose version directory is `path`;
+            "tfds:NAME[/CONFIG][:VERSION]": the same, found by name in the TFDS data directory `path`; None
+            means $TFDS_DATA_DIR or else ~/tensorflow_datasets.
+        split: for the digits "train" or "test", or "first1437" or "last360", their natural split by writers;
+            a folder's name; a TFDS split such as "train[:90%]".
+        path: a local path or a URL that `etils.epath` knows, such as gs://bucket/dir.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ValueError: an unknown name or split, a missing or superfluous path, no images, no labels.
+        FileNotFoundError: nothing is there; for a TFDS data set it says how to prepare it.
+        NotImplementedError: a TFDS data set in another format than ArrayRecord; it says how to convert it.
+    """
+    if name == "digits":
+        if path is not None:
+            raise ValueError(f"data path {str(path)!r} was given, but 'digits' is built in and takes none")
+        return _open_digits(split)
+    if name == "folder":
+        return _open_folder(_required(path, name, "the directory that holds split/class_name/*.jpg"), split)
+    if name == "tfds":
+        root = _required(path, name, "the version directory of a prepared data set, such as .../mnist/3.0.1")
+        return _open_tfds(_builder_from_directory(root), split)
+    if name.startswith("tfds:") and name != "tfds:":
+        return _open_tfds(_builder_by_name(name.removeprefix("tfds:"), path), split)
+    raise ValueError(f"unknown data set {name!r}{nearest(name, ['digits', 'folder', 'tfds', 'tfds:NAME'])}")
+
+
+def _required(path: epath.PathLike | None, name: str, meaning: str) -> epath.Path:
+    if path is None:
+        raise ValueError(f"data set {name!r} needs a path: {meaning}")
+    return epath.Path(path).expanduser()
+
+
+def _unknown_split(split: str, known: Sequence[str], where: str) -> ValueError:
+    return ValueError(f"unknown split {split!r} of {where}, which has {', '.join(known) or 'none'}")
+
+
+def _fingerprint(head: str, *content: bytes | str) -> str:
+    digest = hashlib.sha256()
+    for part in content:
+        part = part.encode() if isinstance(part, str) else part
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return f"{head}:{digest.hexdigest()[:16]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Images in memory: `images` uint8 (N, H, W, C), `labels` (N,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+
+@functools.cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    # scikit-learn takes two seconds to import, which only those who want the digits should pay.
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    levels = digits.images.astype(np.int64)
+    # 0 .. 16 to 0 .. 255 in integers, rounded to nearest.
+    images = ((255 * levels + 8) // 16).astype(np.uint8)[..., None]
+    return images, digits.target.astype(np.int64)
+
+
+def _open_digits(split: str) -> Dataset:
+    images, labels = _digits()
+    stored = json.loads((epath.resource_path("train") / "digits_split.json").read_text())
+    test = np.asarray(stored["test"])
+    places = np.arange(len(images))
+    splits = {
+        "train": np.setdiff1d(places, test),
+        "test": test,
+        "first1437": places[:-360],
+        "last360": places[-360:],
+    }
+    if split not in splits:
+        raise _unknown_split(split, list(splits), "'digits'")
+    images, labels = images[splits[split]], labels[splits[split]]
+    images.setflags(write=False)
+    return Dataset(
+        name=f"digits {split}",
+        source=ArraySource(images, labels),
+        fingerprint=_fingerprint(f"digits:{split}", images.tobytes(), labels.tobytes()),
+        num_classes=10,
+        label_names=tuple(str(digit) for digit in range(10)),
+        image_shape=(8, 8, 1),
+        channels=1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSource:
+    """Image files below a directory: `files` are paths relative to `root`, `labels` (N,) their classes."""
+
+    root: epath.Path
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file = self.root / self.files[index]
+        return {"image": file.read_bytes(), "label": self.labels[index], "file": str(file)}
+
+
+def _subdirectories(directory: epath.Path) -> list[str]:
+    entries = (entry for entry in directory.iterdir() if not entry.name.startswith("."))
+    return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def _open_folder(root: epath.Path, split: str) -> Dataset:
+    if not root.is_dir():
+        raise FileNotFoundError(f"data path {str(root)!r} is not a directory; {LAYOUT}")
+    splits = _subdirectories(root)
+    if split not in splits:
+        raise ValueError(f"{_unknown_split(split, splits, f'the folder {str(root)!r}')}; {LAYOUT}")
+    classes = _subdirectories(root / split)
+    if not classes:
+        raise ValueError(f"{str(root / split)!r} has no class directory; {LAYOUT}")
+    for other in splits:
+        _check_same_classes(root, split, classes, other)
+    files, labels = [], []
+    for label, class_name in enumerate(classes):
+        names = sorted(entry.name for entry in (root / split / class_name).iterdir())
+        for name in names:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                files.append(f"{class_name}/{name}")
+                labels.append(label)
+    if not files:
+        raise ValueError(
+            f"no image in any class directory of {str(root / split)!r}: looked for {', '.join(IMAGE_SUFFIXES)}; "
+            f"{LAYOUT}"
+        )
+    # A look at every file is slow on a remote disk, so the sizes are a sample; the names are all there.
+    sample = files[:: -(-len(files) // SIZES_IN_FINGERPRINT)]
+    sizes = [f"{name} {(root / split / name).stat().length}" for name in sample]
+    return Dataset(
+        name=f"folder {root / split}",
+        source=FolderSource(root / split, tuple(files), tuple(labels)),
+        fingerprint=_fingerprint(f"folder:{split}:{len(files)} images", *classes, *files, *sizes),
+        num_classes=len(classes),
+        label_names=tuple(classes),
+        image_shape=None,
+        channels=3,
+    )
+
+
+def _check_same_classes(root: epath.Path, split: str, classes: list[str], other: str) -> None:
+    other_classes = _subdirectories(root / other)
+    if not other_classes or other_classes == classes:
+        return
+    differences = []
+    for owner, only in (
+        (split, sorted(set(classes) - set(other_classes))),
+        (other, sorted(set(other_classes) - set(classes))),
+    ):
+        if only:
+            more = f" and {len(only) - 10} more" if len(only) > 10 else ""
+            differences.append(f"only in {owner!r}: {', '.join(only[:10])}{more}")
+    raise ValueError(
+        f"the splits {split!r} and {other!r} of {str(root)!r} have different classes, so that a label would not "
+        f"mean the same in both; {'; '.join(differences)}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource:
+    """Serialised TFDS examples: `records` random access to their bytes, `features` what to read from them."""
+
+    records: Sequence[bytes]
+    features: Any
+    decoders: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.features.deserialize_example_np(self.records[index], decoders=self.decoders))
+
+
+def _builder_from_directory(directory: epath.Path) -> Any:
+    import tensorflow_datasets as tfds
+
+    if not (directory / "dataset_info.json").exists():
+        below = [info for depth in range(1, 4) for info in directory.glob("*/" * depth + "dataset_info.json")]
+        hint = f"; did you mean {str(below[-1].parent)!r}?" if below else ", nor has any directory in it"
+        raise FileNotFoundError(
+            f"data path {str(directory)!r} is not a prepared TFDS data set: it has no dataset_info.json{hint}"
+        )
+    return tfds.builder_from_directory(directory)
+
+
+def _builder_by_name(name: str, path: epath.PathLike | None) -> Any:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
+    data_dir = None if path is None else str(epath.Path(path).expanduser())
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        where = repr(data_dir) if data_dir else "$TFDS_DATA_DIR (or else ~/tensorflow_datasets)"
+        argument = f", data_dir={json.dumps(data_dir)}" if data_dir else ""
+        script = (
+            "import tensorflow_datasets as tfds; "
+            f'tfds.builder("{name}"{argument}, file_format="array_record").download_and_prepare()'
+        )
+        raise FileNotFoundError(
+            f"the TFDS data set {name!r} is not prepared in {where}, and nothing is downloaded unasked. To prepare "
+            "it, in an environment of its own, since writing TFDS files needs TensorFlow:\n"
+            "  pip install tensorflow tensorflow-datasets array_record importlib_resources\n"
+            f"  python -c {shlex.quote(script)}"
+        ) from error
+
+
+def _open_tfds(builder: Any, split: str) -> Dataset:
+    import tensorflow_datasets as tfds
+
+    info = builder.info
+    name = f"TFDS data set {info.full_name}"
+    if tfds.core.FileFormat.ARRAY_RECORD not in info.available_file_formats():
+        # Only the conversion in place, with one worker, writes the metadata too (seen with TFDS 4.9.10).
+        command = (
+            f"tfds convert_format --dataset_version_dir={shlex.quote(str(builder.data_dir))} "
+            "--out_file_format=array_record --num_workers=1"
+        )
+        raise NotImplementedError(
+            f"the {name} is stored as {info.file_format.value}, which has no random access. To add ArrayRecord "
+            "files beside those, in an environment of its own, since reading them needs TensorFlow:\n"
+            "  pip install tensorflow tensorflow-datasets array_record apache-beam mlcroissant\n"
+            f"  {command}"
+        )
+    image, label = _image_and_label(info.features, name)
+    try:
+        part = info.splits[split]
+    except (KeyError, ValueError) as error:
+        raise _unknown_split(split, list(info.splits), f"the {name}") from error
+    if not part.num_examples:
+        raise ValueError(f"split {split!r} of the {name} has no example")
+    records = builder.as_data_source(
+        split,
+        deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+        file_format=tfds.core.FileFormat.ARRAY_RECORD,
+    )
+    encoded = isinstance(image, tfds.features.Image)
+    return Dataset(
+        name=f"{name} {split}",
+        source=TfdsSource(
+            records,
+            # Only these two are parsed: boxes, masks or captions beside them would cost time.
+            features=tfds.features.FeaturesDict({"image": image, "label": label}),
+            decoders={"image": tfds.decode.SkipDecoding()} if encoded else {},
+        ),
+        fingerprint=_fingerprint(
+            f"tfds:{info.full_name}:{split}:{part.num_examples} examples",
+            *sorted(info.features),
+            *label.names,
+            *(f"{known} {each.num_bytes} {each.shard_lengths}" for known, each in info.splits.items()),
+        ),
+        num_classes=label.num_classes,
+        label_names=tuple(label.names),
+        image_shape=None if None in image.shape else image.shape,
+        channels=1 if image.shape[-1] == 1 else 3,
+    )
+
+
+def _image_and_label(features: Any, name: str) -> tuple[Any, Any]:
+    import tensorflow_datasets as tfds
+
+    found = dict(features) if isinstance(features, tfds.features.FeaturesDict) else {}
+    listing = ", ".join(f"{key!r} ({type(found[key]).__name__})" for key in sorted(found)) or repr(features)
+    for wanted in ("image", "label"):
+        if wanted not in found:
+            raise ValueError(f"the {name} has no feature {wanted!r}, which training needs; it has {listing}")
+    image, label = found["image"], found["label"]
+    if len(image.shape) != 3 or image.np_dtype != np.uint8:
+        raise ValueError(
+            f"feature 'image' of the {name} has shape {image.shape} and dtype {np.dtype(image.np_dtype)}; "
+            "uint8 of (height, width, channels) is needed"
+        )
+    if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
+        raise ValueError(
+            f"feature 'label' of the {name} is no ClassLabel with a number of classes: {listing}"
+        )
+    return image, label
