@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from kernels.cost_rules import Counts, count, is_known
@@ -19,16 +19,12 @@ from kernels.cost_rules import Counts, count, is_known
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # Primitives that only run a function, and under which name they hold it.
 CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
+    "composite": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
-    "custom_vmap_call": "call",
-    "composite": "jaxpr",
+    "jit": "jaxpr",
+    "remat2": "jaxpr",
     "shard_map": "jaxpr",
 }
 
@@ -41,7 +37,7 @@ class Cost:
         flops: operations other than transcendental ones, a multiply-add being two.
         transcendentals: values of exp, log, sqrt, tanh, power and the like.
         bytes: operands and results of every primitive, nothing fused: an upper bound on the traffic.
-        io_bytes: arguments, constants and results, each moved once: the lower bound.
+        io_bytes: the arguments that are read, the constants and the results, each moved once: the lower bound.
         matmul_flops: the part of `flops` in matrix products and convolutions. What a Pallas kernel
             computes is not in it, as its estimate does not say.
         by_primitive: the same four counts for every primitive, by its name.
@@ -69,26 +65,29 @@ def cost(
     Args:
         fn: a function of arrays, jitted, differentiated or plain.
         *args, **kwargs: its arguments; arrays, or `jax.ShapeDtypeStruct`s in their place.
-        platform: the one of whose program the cost is wanted: `"cpu"`, `"cuda"`, `"rocm"` or `"tpu"`.
+        platform: the one of whose program the cost is wanted: `"cpu"`, `"cuda"` (also as `"gpu"`), `"rocm"`
+            or `"tpu"`.
         while_trips: how often each loop runs whose number of rounds cannot be read off.
 
     Raises:
         ValueError: for a primitive that has no rule, all of them named; a loop with an unknown number of
             rounds; a `pallas_call` without a `cost_estimate`; an unknown platform.
     """
+    platform = {"gpu": "cuda"}.get(platform, platform)
     if platform not in PLATFORMS:
         close = difflib.get_close_matches(str(platform), PLATFORMS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(repr, PLATFORMS))}"
         raise ValueError(f"cost: unknown platform {platform!r}; {hint}")
     closed = jax.make_jaxpr(fn)(*args, **kwargs)
     counter = _Counter(platform, while_trips)
-    tally, _ = counter.jaxpr(closed, [True] * len(closed.out_avals), {})
+    tally, read = counter.jaxpr(closed, [True] * len(closed.out_avals), {})
     if counter.unknown:
         raise ValueError(
             f"cost: no rule for the primitives {', '.join(sorted(counter.unknown))}; add them to kernels.cost_rules"
         )
     total = sum(tally.values(), Counts())
-    edges = [*closed.in_avals, *map(jax.typeof, closed.consts), *closed.out_avals]
+    arguments = [aval for aval, is_read in zip(closed.in_avals, read) if is_read]
+    edges = [*arguments, *map(jax.typeof, closed.consts), *closed.out_avals]
     return Cost(
         flops=total.flops,
         transcendentals=total.transcendentals,
@@ -100,6 +99,10 @@ def cost(
 
 
 Tally = dict[str, Counts]
+
+
+def _is_integer(atom) -> bool:
+    return atom.aval.shape == () and jnp.issubdtype(atom.aval.dtype, jnp.integer)
 
 
 def _merge(tally: Tally, other: Tally, times: int = 1) -> None:
@@ -125,13 +128,12 @@ class _Counter:
         jaxpr = getattr(closed, "jaxpr", closed)
         values = {jaxpr.invars[position]: value for position, value in known.items()}
         for variable, constant in zip(jaxpr.constvars, getattr(closed, "consts", ())):
-            if np.ndim(constant) == 0 and np.issubdtype(np.result_type(constant), np.integer):
+            if _is_integer(variable):
                 values[variable] = int(constant)
 
         def value_of(atom) -> int | None:
             if isinstance(atom, Literal):
-                integer = np.ndim(atom.val) == 0 and np.issubdtype(np.result_type(atom.val), np.integer)
-                return int(atom.val) if integer else None
+                return int(atom.val) if _is_integer(atom) else None
             return values.get(atom)
 
         live = {atom for atom, want in zip(jaxpr.outvars, wanted) if want and not isinstance(atom, Literal)}
@@ -218,8 +220,9 @@ def _constant_trips(eqn, known: list[int | None]) -> int | None:
     condition, body = (getattr(params[name], "jaxpr", params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
     skip, skip_body = params["cond_nconsts"], params["body_nconsts"]
     start = known[skip + skip_body :]
-    if len(condition.eqns) != 1 or condition.eqns[0].outvars[0] is not condition.outvars[0]:
+    if len(condition.eqns) != 1 or condition.eqns[0].primitive.name not in ("lt", "le", "gt", "ge"):
         return None
+    comparison = condition.eqns[0].primitive.name
 
     def position(jaxpr, atom, before) -> int | None:
         found = [i for i, v in enumerate(jaxpr.invars[before:]) if v is atom]
@@ -255,18 +258,17 @@ def _constant_trips(eqn, known: list[int | None]) -> int | None:
     if None in operands:
         return None
     (a, da), (b, db) = operands
-    comparison = condition.eqns[0].primitive.name
     if comparison in ("gt", "ge"):
         (a, da), (b, db) = (b, db), (a, da)
-    # Now the loop goes on while a < b, or a <= b, and their distance changes by b's step less a's.
+    # The loop now goes on while a < b, or a <= b, and every round closes the distance by da - db.
     distance, closing = b - a + (comparison in ("le", "ge")), da - db
-    if comparison not in ("lt", "le", "gt", "ge") or closing <= 0:
-        return None if comparison not in ("lt", "le", "gt", "ge") or distance > 0 else 0
-    return max(0, -(-distance // closing))
+    if distance <= 0:
+        return 0
+    return -(-distance // closing) if closing > 0 else None
 
 
 def _kernel_counts(eqn) -> Counts:
     estimate, name = eqn.params["cost_estimate"], eqn.params["name"]
     if estimate is None:
         raise ValueError(f"cost: the Pallas kernel {name!r} declares no cost_estimate; pass one to its pallas_call")
-    return Counts(estimate.flops, estimate.transcendentals, estimate.bytes_accessed)
+    return Counts(int(estimate.flops), int(estimate.transcendentals), int(estimate.bytes_accessed))

@@ -125,7 +125,7 @@ def _fft(eqn) -> int:
 
 
 def _random_words(eqn) -> int:
-    return THREEFRY_PER_WORD * max(_size(eqn.outvars[0]) * eqn.outvars[0].aval.dtype.itemsize // 4, 1)
+    return THREEFRY_PER_WORD * -(-_nbytes(eqn.outvars[-1]) // 4)
 
 
 def _over_result(eqn) -> int:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from train.optim import ema_update
+from train.optim import ema_update, gradient_norm
 from train.tasks import Batch, Task
 
 
@@ -110,7 +110,7 @@ def make_train_step(
         grads, metrics, model_state = compute(state.params, state.model_state, batch, model_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = gradient_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         step = state.step + 1
         metrics = {**metrics, "grad_norm": grad_norm, "lr": schedule(state.step)}

@@ -1,7 +1,7 @@
 """What a batch means: its loss and its metrics. The loop and the step know nothing of images or text."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ Variables = Any
 Batch = dict[str, Array]
 
 
+@runtime_checkable
 class Task(Protocol):
     """A kind of training: what it makes of a batch, what it minimises, what it counts."""
 
