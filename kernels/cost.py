@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from kernels.cost_rules import Counts, count, is_known
+from kernels.dispatch import PLATFORMS
 
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # Primitives that only run a function, and under which name they hold it.
 CALLS = {
     "closed_call": "call_jaxpr",
@@ -218,41 +218,36 @@ def _constant_trips(eqn, known: list[int | None]) -> int | None:
     """The rounds of a loop that counts a carried integer by a constant up or down to a constant."""
     params = eqn.params
     condition, body = (getattr(params[name], "jaxpr", params[name]) for name in ("cond_jaxpr", "body_jaxpr"))
-    skip, skip_body = params["cond_nconsts"], params["body_nconsts"]
-    start = known[skip + skip_body :]
-    if len(condition.eqns) != 1 or condition.eqns[0].primitive.name not in ("lt", "le", "gt", "ge"):
+    constants, skip = params["cond_nconsts"], params["body_nconsts"]
+    start = known[constants + skip :]
+    if len(condition.eqns) != 1 or condition.eqns[0].outvars[0] is not condition.outvars[0]:
         return None
     comparison = condition.eqns[0].primitive.name
+    if comparison not in ("lt", "le", "gt", "ge"):
+        return None
 
-    def position(jaxpr, atom, before) -> int | None:
-        found = [i for i, v in enumerate(jaxpr.invars[before:]) if v is atom]
-        return found[0] if found else None
-
-    def step(carried) -> int | None:
+    def step(carried: int) -> int | None:
         """What every round adds to a carried value, 0 if it stays, None if that is unknown."""
-        result = body.outvars[carried]
-        if position(body, result, skip_body) == carried:
+        before, after = body.invars[skip + carried], body.outvars[carried]
+        if after is before:
             return 0
-        made_by = [e for e in body.eqns if e.outvars[0] is result]
-        if not made_by or made_by[0].primitive.name not in ("add", "sub"):
-            return None
-        left, right = made_by[0].invars
-        if isinstance(left, Literal):
-            left, right = (right, left) if made_by[0].primitive.name == "add" else (left, right)
-        if position(body, left, skip_body) != carried or not isinstance(right, Literal):
-            return None
-        return int(right.val) if made_by[0].primitive.name == "add" else -int(right.val)
+        for made in body.eqns:
+            if made.outvars[0] is after and made.primitive.name in ("add", "sub"):
+                value, change = made.invars
+                if value is before and isinstance(change, Literal) and _is_integer(change):
+                    return int(change.val) if made.primitive.name == "add" else -int(change.val)
+        return None
 
     def operand(atom) -> tuple[int, int] | None:
-        """First value and step of an operand of the comparison."""
+        """First value and step of one side of the comparison."""
         if isinstance(atom, Literal):
-            return int(atom.val), 0
-        carried = position(condition, atom, skip)
-        if carried is None:
-            constant = known[list(condition.invars).index(atom)]
-            return None if constant is None else (constant, 0)
-        change = step(carried)
-        return None if change is None or start[carried] is None else (start[carried], change)
+            return (int(atom.val), 0) if _is_integer(atom) else None
+        position = next(i for i, variable in enumerate(condition.invars) if variable is atom)
+        if position < constants:
+            first, change = known[position], 0
+        else:
+            first, change = start[position - constants], step(position - constants)
+        return None if first is None or change is None else (first, change)
 
     operands = [operand(atom) for atom in condition.eqns[0].invars]
     if None in operands:

@@ -31,8 +31,7 @@ class Counts:
 
 ELEMENTWISE = frozenset(
     """abs add add_any and ceil clamp clz complex conj convert_element_type div eq eq_to floor ge gt imag is_finite le
-    le_to lt lt_to max min mul mulhi ne neg nextafter not one_minus_square or population_count real reciprocal
-    reduce_precision rem round select_n shift_left shift_right_arithmetic shift_right_logical sign square sub
+    le_to lt lt_to max min mul mulhi ne neg nextafter not or population_count real reciprocal reduce_precision rem round select_n shift_left shift_right_arithmetic shift_right_logical sign square sub
     xor""".split()
 )
 # With the operations that come on top for every element.
@@ -44,12 +43,12 @@ TRANSCENDENTAL = dict.fromkeys(
 ) | {"exp2": 1, "logistic": 3}
 # No operations: data is moved, made or exchanged.
 MOVEMENT = frozenset(
-    """all_gather all_gather_invariant all_to_all broadcast_in_dim concatenate copy copy_p empty iota pad pbroadcast
+    """all_gather all_gather_invariant all_to_all broadcast_in_dim concatenate empty iota pad pbroadcast
     ppermute rev roll split stack tile transpose unstack zeros_like""".split()
 )
 # Neither operations nor traffic: another view of the same bytes, or nothing that is left at run time.
 FREE = frozenset(
-    """axis_index bitcast_convert_type debug_callback debug_print device_put empty2 expand_dims layout_constraint name
+    """axis_index bitcast_convert_type copy copy_p debug_callback debug_print device_put empty2 expand_dims layout_constraint name
     optimization_barrier pcast platform_index preduced pvary random_unwrap random_wrap reduced_vary_cast
     reduced_vary_cast_p reshape reshard sharding_constraint squeeze stop_gradient vary_unreduced_cast
     vary_unreduced_cast_p""".split()
@@ -156,8 +155,10 @@ FLOPS: dict[str, Callable] = {
     "fft": _fft,
     "gather": lambda eqn: 0,
     "integer_pow": _integer_pow,
+    "one_minus_square": lambda eqn: 2 * _size(eqn.outvars[0]),
     "pmax": _over_result,
     "pmin": _over_result,
+    "polynomial": lambda eqn: 2 * (len(eqn.invars) - 2) * _size(eqn.outvars[0]),
     "psum": _over_result,
     "psum_invariant": _over_result,
     "random_bits": _random_words,

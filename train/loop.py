@@ -1,6 +1,7 @@
 """The training loop: one for every model and task."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -11,7 +12,11 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from train import augment, checkpoint, config as config_lib, data, evaluate, metrics, program as program_lib, sources
+from train import checkpoint, data, metrics, progress, sources
+from train import config as config_lib
+from train import program as program_lib
+from train.evaluate import evaluate
+from train.inputs import eval_transform, train_transform
 from train.sharding import check_batch, place_batch
 from train.step import TrainState
 
@@ -35,6 +40,7 @@ class Run:
     checkpoints: checkpoint.Checkpoints
     state: TrainState
     restored_step: int | None
+    examples: int
     meter: metrics.Meter
 
 
@@ -78,6 +84,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         checkpoints=checkpoints,
         state=state,
         restored_step=None if restored is None else restored.step,
+        examples=0 if restored is None else restored.data["examples"],
         meter=meter,
     )
 
@@ -85,8 +92,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
 def train(run: Run) -> dict[str, Any]:
     """Trains to `total_steps` and evaluates.
 
+    Whatever a step has to say is written before its checkpoint, so that a run that is killed and goes on
+    leaves the same `metrics.jsonl` as one that is not.
+
     Returns:
-        `step`, `seconds` (wall time of this process's part), and the final metrics by name.
+        `step`, `seconds` (wall time of this process), and the final metrics by name.
 
     Raises:
         TrainingError: if the loss or the gradient stops being finite; the step is named, and the newest
@@ -95,67 +105,73 @@ def train(run: Run) -> dict[str, Any]:
     """
     config, meter, program = run.config, run.meter, run.program
     first, last = run.restored_step or 0, config.total_steps
-    writer = metrics.Writer(run.workdir)
-    writer.resume(first)
-    progress = metrics.Progress(last, start=first, examples_per_step=config.data.batch_size)
+    bar = progress.Progress(last, start=first, process_index=jax.process_index())
     batches = data.train_iterator(
         run.train_set,
         batch_size=config.data.batch_size,
         seed=config.seed,
         transform=train_transform(config, run.train_set),
-        start=first * config.data.batch_size,
+        start=run.examples,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         channels=len(config.data.mean),
     )
-    saved = config_lib.plain(config)
-    evaluated: dict[str, float] = {}
-    with progress, batches, writer, run.checkpoints, jax.transfer_guard("disallow"):
+    key = jax.device_put(jax.random.key(config.seed), program.replicated)
+    saved_config = config_lib.plain(config)
+    state, evaluated, compiled = run.state, {}, None
+    in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
+    with (
+        bar,
+        batches,
+        metrics.Writer(run.workdir, process_index=jax.process_index()) as writer,
+        run.checkpoints,
+        jax.transfer_guard("disallow"),
+    ):
+        writer.resume(first)
         if run.restored_step is not None:
-            progress.message(f"going on from step {first} of {last} in {run.workdir}")
-        with jax.transfer_guard("allow"):
-            key = jax.device_put(jax.random.key(config.seed), program.replicated)
-        state, step_fn, in_flight = run.state, None, collections.deque()
+            bar.message(f"going on from step {first} of {last} in {run.workdir}")
         for step in range(first + 1, last + 1):
             with meter.phase("data"):
                 batch = place_batch(next(batches), program.rows)
-            if step_fn is None:
-                progress.phase("compiling")
+            if compiled is None:
+                bar.phase("compiling")
                 with meter.phase("compile"), jax.transfer_guard("allow"):
-                    step_fn = program.train_step.lower(state, batch, key).compile()
-                progress.phase("training")
-            with meter.phase("step"):
-                _profile(config, run.workdir, step)
-                state, values = step_fn(state, batch, key)
+                    compiled = program.train_step.lower(state, batch, key).compile()
+                bar.phase("training")
+            with meter.phase("step"), _profile(config, run.workdir, step):
+                state, values = compiled(state, batch, key)
                 in_flight.append(values)
                 if len(in_flight) > STEPS_IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())
-            log = step % config.log_every == 0 or step == last
-            save = run.checkpoints.should_save(step) or step == last
+            meter.count(config.data.batch_size)
+            bar.advance(step)
+            ends = step == last
+            log, save = ends or step % config.log_every == 0, ends or run.checkpoints.should_save(step)
             if log or save:
                 with meter.phase("step"):
-                    values = _finite({name: v.item() for name, v in jax.device_get(values).items()}, run)
+                    host = _finite(jax.device_get(values), run)
                 if log:
-                    rates = meter.rates(step, config.data.batch_size)
-                    writer.write(step, {f"train/{name}": v for name, v in values.items()} | rates)
-                    progress.update(step, values | rates)
+                    rates = meter.rates()
+                    writer.write(step, {f"train/{name}": value for name, value in host.items()} | rates)
+                    bar.update(step, host | rates)
+            if run.eval_sets and (ends or (config.eval_every and step % config.eval_every == 0)):
+                evaluated = _evaluate(run, state, bar)
+                writer.write(step, {f"eval/{name}": value for name, value in evaluated.items()})
+                bar.report(step, evaluated)
             if save:
-                progress.phase("saving")
+                writer.flush()
+                bar.phase("saving")
                 with meter.phase("checkpoint"):
-                    run.checkpoints.save(
-                        step, state, data=dataclasses.asdict(batches.position(step - first)), config=saved, force=True
-                    )
-                progress.phase("training")
-            if run.eval_sets and (step == last or (config.eval_every and step % config.eval_every == 0)):
-                evaluated = _evaluate(run, state, step, writer, progress)
+                    position = dataclasses.asdict(batches.position(step - first))
+                    run.checkpoints.save(step, state, data=position, config=saved_config, force=True)
+                bar.phase("training")
         if first >= last and run.eval_sets:
-            evaluated = _evaluate(run, state, first, writer, progress)
+            evaluated = _evaluate(run, state, bar)
         with meter.phase("checkpoint"):
             run.checkpoints.wait()
-        writer.write(max(first, last), meter.shares())
-    return {"step": max(first, last), "seconds": round(meter.seconds(), 1), **evaluated}
+    return {"step": max(first, last), "seconds": round(meter.seconds(), 1), **evaluated, **meter.shares()}
 
 
 def _open_data(config: ml_collections.ConfigDict) -> tuple[sources.Dataset, dict[str, sources.Dataset]]:
@@ -166,6 +182,72 @@ def _open_data(config: ml_collections.ConfigDict) -> tuple[sources.Dataset, dict
     opened = functools.partial(sources.open_source, config.data.name, path=config.data.path)
     train_set = opened(split=config.data.split)
     eval_sets = {name: opened(split=split) for name, split in splits.items()}
-    if len(train_set) == 0:
-        raise ValueError(f"config.data.split {config.data.split!r} of {train_set.name} holds no examples")
+    for dataset in (train_set, *eval_sets.values()):
+        if len(dataset) == 0:
+            raise ValueError(f"{dataset.name} holds no examples")
+        if dataset.num_classes != train_set.num_classes:
+            raise ValueError(
+                f"{dataset.name} has {dataset.num_classes} classes, {train_set.name} has {train_set.num_classes}"
+            )
     return train_set, eval_sets
+
+
+def _eval_batch_size(config: ml_collections.ConfigDict) -> int:
+    return config.data.eval_batch_size or config.data.batch_size
+
+
+def _check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+    """Refuses a workdir of another run while it has checkpoints; else leaves the config there."""
+    path = workdir / "config.json"
+    if path.exists() and checkpoint.list_steps(workdir / "checkpoints"):
+        config_lib.check_resume(json.loads(path.read_text()), config)
+    if jax.process_index() == 0:
+        path.write_text(config_lib.describe(config) + "\n")
+
+
+def _finite(values: dict[str, Any], run: Run) -> dict[str, float]:
+    """The metrics of a step as Python numbers, unless this or an earlier step was not finite."""
+    host = {name: value.item() for name, value in values.items()}
+    bad = host.pop("nonfinite_step")
+    if bad >= 0:
+        newest = max(checkpoint.list_steps(run.workdir / "checkpoints"), default=None)
+        left = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is step {newest}"
+        raise TrainingError(
+            f"the loss or the gradient of step {bad} is not finite; {left}. A lower config.optim.lr, a longer "
+            "warm-up or config.optim.clip_norm may help; or start from another checkpoint."
+        )
+    return host
+
+
+def _evaluate(run: Run, state: TrainState, bar: progress.Progress) -> dict[str, float]:
+    """The metrics of every evaluation split, `NAME_METRIC`, by the running averages where they are kept."""
+    results = {}
+    bar.phase("evaluating")
+    with run.meter.phase("eval"), jax.transfer_guard("allow"):
+        for name, dataset in run.eval_sets.items():
+            batches = data.eval_iterator(
+                dataset,
+                batch_size=_eval_batch_size(run.config),
+                transform=eval_transform(run.config, dataset),
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                workers=run.config.data.workers,
+                prefetch=run.config.data.prefetch,
+                channels=len(run.config.data.mean),
+            )
+            with batches:
+                found = evaluate(run.program.eval_step, state.variables(averaged=True), batches, run.program.rows)
+            results |= {f"{name}_{metric}": value for metric, value in found.items()}
+    bar.phase("training")
+    return results
+
+
+@contextlib.contextmanager
+def _profile(config: ml_collections.ConfigDict, workdir: epath.Path, step: int):
+    """Traces the steps that `config.profile` names into `workdir/profile`, for TensorBoard's profiler."""
+    first, steps = config.profile.first_step, config.profile.steps
+    if steps and step == first:
+        jax.profiler.start_trace(str(workdir / "profile"))
+    yield
+    if steps and step == first + steps - 1:
+        jax.profiler.stop_trace()

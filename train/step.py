@@ -118,6 +118,7 @@ def make_train_step(
         if ema_decay:
             ema = ema_update(ema, {"params": params, **model_state}, ema_decay, state.step)
         first = jnp.where((state.nonfinite_step < 0) & ~finite, step, state.nonfinite_step)
+        metrics["nonfinite_step"] = first
         return TrainState(step, params, model_state, opt_state, ema, first), metrics
 
     return train_step

@@ -55,12 +55,12 @@ class Classify:
     dtype: Any = jnp.float32
 
     @classmethod
-    def from_config(cls, config: ml_collections.ConfigDict, num_classes: int, mean, std) -> "Classify":
+    def from_config(cls, config: ml_collections.FrozenConfigDict, num_classes: int) -> "Classify":
         """The task as a config describes it."""
         return cls(
             num_classes=num_classes,
-            mean=tuple(mean),
-            std=tuple(std),
+            mean=tuple(config.data.mean),
+            std=tuple(config.data.std),
             label_smoothing=config.loss.label_smoothing,
             mixup=config.augment.mixup,
             cutmix=config.augment.cutmix,

@@ -1,0 +1,35 @@
+"""Trains a model: python -m train --config configs/digits.py:davit_nano --workdir runs/digits [--config.KEY=VALUE ...]
+
+Progress goes to stderr; the last line, on stdout, is one JSON object with the final metrics.
+"""
+
+import argparse
+import sys
+
+
+def main() -> int:
+    """Returns the exit code: 0 done, 1 training failed, 2 the settings, the data or the workdir are wrong."""
+    parser = argparse.ArgumentParser(prog="python -m train", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE:ARG", help="a config file and its argument")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run is kept; goes on if it is there")
+    arguments, overrides = parser.parse_known_args()
+
+    from train import config, loop, metrics
+    from train.checkpoint import CheckpointError
+
+    try:
+        run = loop.prepare(config.load(arguments.config, overrides), arguments.workdir)
+    except (ValueError, TypeError, OSError, NotImplementedError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        result = loop.train(run)
+    except (loop.TrainingError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(metrics.final_line(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

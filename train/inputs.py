@@ -1,0 +1,30 @@
+"""From a config to the host's transforms of examples."""
+
+import ml_collections
+
+from train import augment, program
+from train.sources import Dataset
+
+
+def train_transform(config: ml_collections.ConfigDict, dataset: Dataset) -> augment.TrainTransform:
+    """The augmentation of `config.augment`: a random-resized crop, or else a shifted crop."""
+    settings = config.augment
+    size = program.image_size(config, dataset)
+    common = dict(
+        hflip=settings.hflip,
+        vflip=settings.vflip,
+        color_jitter=settings.color_jitter,
+        auto_augment=settings.randaugment or None,
+        erase_prob=settings.erase_prob,
+        mean=config.data.mean,
+        interpolation=settings.interpolation,
+    )
+    if settings.random_resized_crop:
+        return augment.train_transform(size, scale=settings.scale, ratio=settings.ratio, **common)
+    return augment.random_crop_pad(size, pad=settings.pad_crop, rotate=settings.rotate, **common)
+
+
+def eval_transform(config: ml_collections.ConfigDict, dataset: Dataset) -> augment.EvalTransform:
+    """The preprocessing of evaluation: resize and centre crop."""
+    size = program.image_size(config, dataset)
+    return augment.eval_transform(size, config.data.crop_pct, config.data.interpolation, mean=config.data.mean)
