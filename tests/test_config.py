@@ -217,7 +217,6 @@ def test_refused_values(word, part):
 
 def test_refused_together():
     assert "alternatives" in refused("augment.random_resized_crop=true", "augment.pad_crop=1")
-    assert "data.extra_eval" in refused("data.eval_split=None", "data.extra_eval.x=y")
     assert len(refused("total_steps=-1", "seed=-1", "optim.name=x").splitlines()) == 3
 
 

@@ -5,18 +5,29 @@ Progress goes to stderr; the last line, on stdout, is one JSON object with the f
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 
-def main() -> int:
-    """Returns the exit code: 0 done, 1 training failed, 2 the settings, the data or the workdir are wrong."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: its arguments; None means those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 training failed, 2 the settings, the data or the workdir are wrong, 130
+        interrupted by the keyboard.
+    """
     parser = argparse.ArgumentParser(prog="python -m train", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE:ARG", help="a config file and its argument")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run is kept; goes on if it is there")
-    arguments, overrides = parser.parse_known_args()
+    arguments, overrides = parser.parse_known_args(argv)
 
-    from train import config, loop, metrics
+    from train import config, host, loop, metrics
     from train.checkpoint import CheckpointError
 
+    host.keep_freed_memory()
+    host.cache_compiled_programs()
     try:
         run = loop.prepare(config.load(arguments.config, overrides), arguments.workdir)
     except (ValueError, TypeError, OSError, NotImplementedError, CheckpointError) as error:
@@ -27,6 +38,9 @@ def main() -> int:
     except (loop.TrainingError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
     print(metrics.final_line(result), flush=True)
     return 0
 

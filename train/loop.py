@@ -5,14 +5,14 @@ import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from etils import epath
 
-from train import checkpoint, data, metrics, progress, sources
+from train import checkpoint, data, flops, metrics, progress, sources
 from train import config as config_lib
 from train import program as program_lib
 from train.evaluate import evaluate
@@ -22,6 +22,7 @@ from train.step import TrainState
 
 # Steps dispatched ahead of the device: enough to hide the host, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
+CONFIG_FILE = "config.json"
 
 
 class TrainingError(RuntimeError):
@@ -32,7 +33,7 @@ class TrainingError(RuntimeError):
 class Run:
     """A run that is ready to train: everything that can be wrong with its settings has been looked at."""
 
-    config: ml_collections.ConfigDict
+    config: ml_collections.FrozenConfigDict
     workdir: epath.Path
     train_set: sources.Dataset
     eval_sets: dict[str, sources.Dataset]
@@ -44,7 +45,7 @@ class Run:
     meter: metrics.Meter
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
+def prepare(config: ml_collections.FrozenConfigDict, workdir: str) -> Run:
     """Opens the data, builds the program, restores the newest good checkpoint or draws the first state.
 
     Args:
@@ -57,7 +58,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         CheckpointError: for a workdir that cannot be written, or that holds no good checkpoint but bad ones.
     """
     meter = metrics.Meter()
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     train_set, eval_sets = _open_data(config)
     program = program_lib.build(config, train_set)
     if eval_sets:
@@ -69,6 +69,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         )
         _check_config(workdir, config)
         restored = checkpoints.restore(program.abstract_state)
+        _write_config(workdir, config)
     if restored is None:
         with meter.phase("compile"):
             state = program.init()
@@ -99,8 +100,8 @@ def train(run: Run) -> dict[str, Any]:
         `step`, `seconds` (wall time of this process), and the final metrics by name.
 
     Raises:
-        TrainingError: if the loss or the gradient stops being finite; the step is named, and the newest
-            checkpoint is from before it.
+        TrainingError: if the loss or the gradient stops being finite (the step is named, and the newest
+            checkpoint is from before it), or if an example cannot be read.
         CheckpointError: if checkpoints cannot be written.
     """
     config, meter, program = run.config, run.meter, run.program
@@ -130,17 +131,19 @@ def train(run: Run) -> dict[str, Any]:
         jax.transfer_guard("disallow"),
     ):
         writer.resume(first)
+        bar.message(_describe(run))
         if run.restored_step is not None:
             bar.message(f"going on from step {first} of {last} in {run.workdir}")
         for step in range(first + 1, last + 1):
             with meter.phase("data"):
-                batch = place_batch(next(batches), program.rows)
+                batch = place_batch(_next(batches, step), program.rows)
             if compiled is None:
                 bar.phase("compiling")
                 with meter.phase("compile"), jax.transfer_guard("allow"):
                     compiled = program.train_step.lower(state, batch, key).compile()
+                    rates = _rates(run, batch)
                 bar.phase("training")
-            with meter.phase("step"), _profile(config, run.workdir, step):
+            with meter.phase("step"), _profile(run, step):
                 state, values = compiled(state, batch, key)
                 in_flight.append(values)
                 if len(in_flight) > STEPS_IN_FLIGHT:
@@ -153,9 +156,10 @@ def train(run: Run) -> dict[str, Any]:
                 with meter.phase("step"):
                     host = _finite(jax.device_get(values), run)
                 if log:
-                    rates = meter.rates()
-                    writer.write(step, {f"train/{name}": value for name, value in host.items()} | rates)
-                    bar.update(step, host | rates)
+                    speed = rates()
+                    line = {f"train/{name}": value for name, value in host.items()}
+                    writer.write(step, line | speed | meter.seconds_by_phase())
+                    bar.update(step, host | speed)
             if run.eval_sets and (ends or (config.eval_every and step % config.eval_every == 0)):
                 evaluated = _evaluate(run, state, bar)
                 writer.write(step, {f"eval/{name}": value for name, value in evaluated.items()})
@@ -171,12 +175,13 @@ def train(run: Run) -> dict[str, Any]:
             evaluated = _evaluate(run, state, bar)
         with meter.phase("checkpoint"):
             run.checkpoints.wait()
-    return {"step": max(first, last), "seconds": round(meter.seconds(), 1), **evaluated, **meter.shares()}
+        bar.message(_where_the_time_went(meter))
+    return {"step": max(first, last), "seconds": round(meter.seconds(), 1), **evaluated}
 
 
-def _open_data(config: ml_collections.ConfigDict) -> tuple[sources.Dataset, dict[str, sources.Dataset]]:
+def _open_data(config: ml_collections.FrozenConfigDict) -> tuple[sources.Dataset, dict[str, sources.Dataset]]:
     """The training split, and the splits to evaluate by the name that their metrics get."""
-    splits = dict(config.data.extra_eval)
+    splits = {name: split for name, split in config.data.extra_eval.items() if split}
     if config.data.eval_split is not None:
         splits = {"test": config.data.eval_split, **splits}
     opened = functools.partial(sources.open_source, config.data.name, path=config.data.path)
@@ -192,17 +197,57 @@ def _open_data(config: ml_collections.ConfigDict) -> tuple[sources.Dataset, dict
     return train_set, eval_sets
 
 
-def _eval_batch_size(config: ml_collections.ConfigDict) -> int:
+def _eval_batch_size(config: ml_collections.FrozenConfigDict) -> int:
     return config.data.eval_batch_size or config.data.batch_size
 
 
-def _check_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
-    """Refuses a workdir of another run while it has checkpoints; else leaves the config there."""
-    path = workdir / "config.json"
+def _check_config(workdir: epath.Path, config: ml_collections.FrozenConfigDict) -> None:
+    """Refuses a workdir that has checkpoints of a run with another config."""
+    path = workdir / CONFIG_FILE
     if path.exists() and checkpoint.list_steps(workdir / "checkpoints"):
         config_lib.check_resume(json.loads(path.read_text()), config)
+
+
+def _write_config(workdir: epath.Path, config: ml_collections.FrozenConfigDict) -> None:
+    """Leaves the config in the workdir; a kill leaves the old one or this one."""
     if jax.process_index() == 0:
-        path.write_text(config_lib.describe(config) + "\n")
+        beside = workdir / f"{CONFIG_FILE}.tmp"
+        beside.write_text(config_lib.describe(config) + "\n")
+        beside.replace(workdir / CONFIG_FILE)
+
+
+def _describe(run: Run) -> str:
+    """The run in one line."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract_state.params))
+    device = jax.devices()[0]
+    return (
+        f"{run.config.model.name}: {parameters:,} parameters on {jax.device_count()} x {device.device_kind}; "
+        f"{run.train_set.name}: {len(run.train_set):,} examples, {run.config.data.batch_size} a step"
+    )
+
+
+def _rates(run: Run, batch: dict[str, jax.Array]) -> Callable[[], dict[str, float]]:
+    """A function for the speed since its last call, with MFU where the devices' peak is known."""
+    per_example = flops.training_flops(run.program, batch) if flops.mfu(0.0) else 0
+
+    def rates() -> dict[str, float]:
+        found = run.meter.rates()
+        return found | flops.mfu(per_example * next(iter(found.values())))
+
+    return rates
+
+
+def _where_the_time_went(meter: metrics.Meter) -> str:
+    seconds = {name.removeprefix("seconds/"): value for name, value in meter.seconds_by_phase().items()}
+    parts = sorted(seconds.items(), key=lambda item: -item[1])
+    return f"time {meter.seconds():.1f} s: " + ", ".join(f"{name} {value:.1f}" for name, value in parts)
+
+
+def _next(batches: data.Batches, step: int) -> data.Batch:
+    try:
+        return next(batches)
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"the data of step {step} cannot be read: {error}") from error
 
 
 def _finite(values: dict[str, Any], run: Run) -> dict[str, float]:
@@ -210,6 +255,7 @@ def _finite(values: dict[str, Any], run: Run) -> dict[str, float]:
     host = {name: value.item() for name, value in values.items()}
     bad = host.pop("nonfinite_step")
     if bad >= 0:
+        run.checkpoints.wait()
         newest = max(checkpoint.list_steps(run.workdir / "checkpoints"), default=None)
         left = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is step {newest}"
         raise TrainingError(
@@ -243,11 +289,13 @@ def _evaluate(run: Run, state: TrainState, bar: progress.Progress) -> dict[str, 
 
 
 @contextlib.contextmanager
-def _profile(config: ml_collections.ConfigDict, workdir: epath.Path, step: int):
+def _profile(run: Run, step: int) -> Iterator[None]:
     """Traces the steps that `config.profile` names into `workdir/profile`, for TensorBoard's profiler."""
-    first, steps = config.profile.first_step, config.profile.steps
-    if steps and step == first:
-        jax.profiler.start_trace(str(workdir / "profile"))
+    settings = run.config.profile
+    first = max(settings.first_step, (run.restored_step or 0) + 1)
+    last = min(settings.first_step + settings.steps - 1, run.config.total_steps)
+    if step == first <= last:
+        jax.profiler.start_trace(str(run.workdir / "profile"))
     yield
-    if steps and step == first + steps - 1:
+    if first <= step == last:
         jax.profiler.stop_trace()

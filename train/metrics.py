@@ -24,8 +24,8 @@ class Writer:
     """Writes each set of metrics as one line of `metrics.jsonl` and as one TensorBoard event.
 
     A line is a JSON object with `step` first and the metrics in alphabetical order; what is not finite is
-    null. By convention the names of wall-clock measurements begin with `seconds` or `share/` or end with
-    `_per_second`; all else is the same in every run of a config.
+    null. By convention the names of wall-clock measurements begin with `seconds`, end with `_per_second` or are
+    `mfu`; all else is the same in every run of a config.
 
     On a disk a line is there once `write` returns. Object stores cannot append: there the files are rewritten
     whole by `flush`, which is therefore called before a checkpoint is saved. A run that goes on from a
@@ -288,10 +288,10 @@ class Meter:
         self._charge()
         return sum(self._seconds.values())
 
-    def shares(self) -> dict[str, float]:
-        """The part of the wall time so far that each phase took: `share/compile` and so on, 1 in all."""
-        total = self.seconds()
-        return {f"share/{name}": value / total if total > 0 else 0.0 for name, value in self._seconds.items()}
+    def seconds_by_phase(self) -> dict[str, float]:
+        """The part of the wall time so far that each phase took: `seconds/compile` and so on."""
+        self._charge()
+        return {f"seconds/{name}": round(value, 3) for name, value in self._seconds.items()}
 
     def _charge(self) -> None:
         now = self._clock()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -83,6 +84,7 @@ def build(config: ml_collections.ConfigDict, dataset: Dataset) -> Program:
     layer_of, last_layer = family.layers(model)
     optimizer, schedule = optim.make(config.optim, config.total_steps, params, layer_id=layer_of, num_layers=last_layer)
     init = functools.partial(step.init_state, model, optimizer, example, seed=config.seed, ema=config.ema > 0)
+    precise = functools.partial(_with_precision, config.matmul_precision)
     abstract = jax.eval_shape(init)
     places = sharding.state_shardings(abstract, family.sharding_rules, mesh)
     rows, replicated = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -96,14 +98,24 @@ def build(config: ml_collections.ConfigDict, dataset: Dataset) -> Program:
         abstract_state=jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places
         ),
-        init=jax.jit(init, out_shardings=places),
+        init=jax.jit(precise(init), out_shardings=places),
         train_step=jax.jit(
-            train_step,
+            precise(train_step),
             in_shardings=(places, rows, replicated),
             out_shardings=(places, replicated),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(functools.partial(task.evaluate, model), out_shardings=replicated),
+        eval_step=jax.jit(precise(functools.partial(task.evaluate, model)), out_shardings=replicated),
         rows=rows,
         replicated=replicated,
     )
+
+
+def _with_precision(precision: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced with this precision for matrix products of float32."""
+
+    def precise(*args):
+        with jax.default_matmul_precision(precision):
+            return function(*args)
+
+    return precise

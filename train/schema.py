@@ -42,8 +42,8 @@ def default() -> ml_collections.ConfigDict:
             "data": {
                 "name": "",  # "digits", "folder", "tfds:NAME", or "tfds" with data.path a prepared directory
                 "split": "train",
-                "eval_split": placeholder(str),  # None trains without evaluating
-                "extra_eval": {},  # name -> split, evaluated too and printed beside eval_split
+                "eval_split": placeholder(str),  # its metrics are called test_*; None: none
+                "extra_eval": {},  # name -> split, evaluated too and printed beside eval_split; "" leaves one out
                 "path": placeholder(str),  # where the data lies, for sources that are not built in
                 "batch_size": 128,  # examples per optimizer step, over all processes and accumulation steps
                 "eval_batch_size": placeholder(int),  # None: data.batch_size
@@ -114,8 +114,8 @@ def default() -> ml_collections.ConfigDict:
             "matmul_precision": "default",
             "remat": "none",  # what the backward pass recomputes: "full" keeps a block's input only
             "profile": {
-                "first_step": 0,
-                "steps": 0,  # steps to trace from first_step on; 0: none
+                "first_step": 10,
+                "steps": 0,  # steps to trace from first_step on, for TensorBoard's profiler; 0: none
             },
         }
     )
@@ -130,7 +130,8 @@ _RANGES = (
         lambda v: v >= 1,
     ),
     (("total_steps", "eval_every", "data.workers", "data.prefetch"), "at least 0", lambda v: v >= 0),
-    (("profile.first_step", "profile.steps"), "at least 0", lambda v: v >= 0),
+    (("profile.first_step",), "at least 1", lambda v: v >= 1),
+    (("profile.steps",), "at least 0", lambda v: v >= 0),
     (("optim.lr", "optim.warmup_lr", "optim.end_lr", "optim.weight_decay"), "at least 0", lambda v: v >= 0),
     (("optim.warmup_steps", "optim.cooldown_steps"), "at least 0", lambda v: v >= 0),
     (("augment.pad_crop", "augment.color_jitter"), "at least 0", lambda v: v >= 0),
@@ -198,8 +199,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         problems.append(f"data.mean {data.mean} and data.std {data.std} must have a number per channel each")
     if augment.random_resized_crop and augment.pad_crop:
         problems.append("augment.random_resized_crop and augment.pad_crop are alternatives; turn one off")
-    if data.extra_eval and data.eval_split is None:
-        problems.append("data.extra_eval goes beside data.eval_split, which is None")
     if list(config.mesh.values()).count(-1) > 1:
         problems.append(f"at most one axis of mesh may be -1, got {dict(config.mesh)}")
     for pattern in optim.no_decay:

@@ -67,7 +67,8 @@ def open_source(name: str, *, split: str, path: epath.PathLike | None = None) ->
             "tfds": the prepared TFDS data set whose version directory is `path`;
             "tfds:NAME[/CONFIG][:VERSION]": the same, found by name in the TFDS data directory `path`; None
             means $TFDS_DATA_DIR or else ~/tensorflow_datasets.
-        split: for the digits "train" or "test", or "first1437" or "last360", their natural split by writers;
+        split: for the digits "train" or "test"; "first1437" or "last360", their natural split by writers; or
+            "test_last360", those of "test" that lie in "last360";
             a folder's name; a TFDS split such as "train[:90%]".
         path: a local path or a URL that `etils.epath` knows, such as gs://bucket/dir.
 
@@ -147,6 +148,7 @@ def _open_digits(split: str) -> Dataset:
         "test": test,
         "first1437": places[:-360],
         "last360": places[-360:],
+        "test_last360": np.intersect1d(test, places[-360:]),
     }
     if split not in splits:
         raise _unknown_split(split, list(splits), "'digits'")

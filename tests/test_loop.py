@@ -1,0 +1,221 @@
+"""Whole runs: what they leave behind, how they go on, how they end early."""
+
+import json
+import random
+import re
+import shutil
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tests import runs
+
+from train import config as config_lib
+from train import host, loop
+from train.__main__ import main
+from train.checkpoint import read_state
+
+
+def prepare(workdir, **values) -> loop.Run:
+    return loop.prepare(config_lib.load(runs.CONFIG, runs.overrides(**values)), str(workdir))
+
+
+def train(workdir, **values) -> dict:
+    return loop.train(prepare(workdir, **values))
+
+
+def arrays(workdir, step: int):
+    """A checkpoint as numpy arrays."""
+    return jax.tree.map(np.asarray, read_state(workdir / "checkpoints", step)[1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Programs are compiled once for all workers and children; else that would take most of the time."""
+    directory = str(tmp_path_factory.getbasetemp().parent / "compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
+        patch.setattr(host, "keep_freed_memory", lambda: True)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run without interruption: its workdir and what it returned."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    return workdir, train(workdir)
+
+
+def test_what_a_run_leaves_behind(straight):
+    workdir, result = straight
+    assert result["step"] == 12 and result["seconds"] > 0
+    metrics = {"accuracy", "accuracy_top5", "loss"}
+    names = {f"{split}_{metric}" for split in ("test", "test_last360") for metric in metrics}
+    assert set(result) == {"step", "seconds", *names}
+    lines = runs.lines(workdir)
+    logged = [line["step"] for line in lines if "train/loss" in line]
+    evaluated = [line["step"] for line in lines if "eval/test_accuracy" in line]
+    assert logged == [2, 4, 6, 8, 10, 12] and evaluated == [4, 8, 12]
+    assert {name.removeprefix("eval/"): value for name, value in lines[-1].items() if name != "step"} == {
+        name: value for name, value in result.items() if name not in ("step", "seconds")
+    }
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["12", "3", "6", "9"]
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert json.loads((workdir / "config.json").read_text())["model"]["name"] == "davit_nano"
+
+
+def test_a_finished_run_is_only_evaluated_again(straight, capsys):
+    workdir, result = straight
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again = train(workdir)
+    assert runs.without_times(again) == runs.without_times(result)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert "going on from step 12 of 12" in capsys.readouterr().err
+
+
+def assert_same_as(straight, workdir, result) -> None:
+    """The metrics of all steps, the result, and every bit of the last checkpoint."""
+    other, expected = straight
+    assert runs.without_times(result) == runs.without_times(expected)
+    assert runs.lines(workdir) == runs.lines(other)
+    chex.assert_trees_all_equal(arrays(workdir, 12), arrays(other, 12))
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, kills):
+    draw = random.Random(kills)
+    workdir = tmp_path / "killed"
+    for _ in range(kills):
+        child = runs.start(workdir)
+        try:
+            # Any moment from the first checkpoint on; a run that is done by then shows that case.
+            for line in child.stderr:
+                if line.startswith(f"step {draw.choice((2, 4, 6, 8, 10))}/"):
+                    time.sleep(draw.uniform(0, 0.2))
+                    break
+        finally:
+            child.kill()
+            child.communicate()
+    child = runs.start(workdir)
+    out, err = child.communicate()
+    assert child.returncode == 0, err
+    assert "going on from step " in err
+    (line,) = out.splitlines()
+    assert_same_as(straight, workdir, json.loads(line))
+
+
+@pytest.mark.parametrize("step", [3, 9])
+def test_going_on_from_a_step_is_bit_equal(straight, tmp_path, step, capsys):
+    """The state, the order of the data, the random numbers and the averages, wherever a run was cut."""
+    workdir = tmp_path / "cut"
+    shutil.copytree(straight[0], workdir)
+    for later in range(step + 3, 13, 3):
+        shutil.rmtree(workdir / "checkpoints" / str(later))
+    result = train(workdir)
+    assert f"going on from step {step} of 12" in capsys.readouterr().err
+    assert_same_as(straight, workdir, result)
+
+
+def test_going_on_with_other_devices_and_for_longer(straight, tmp_path):
+    """Only what `RESUMABLE` lists: the state is restored to the bit and placed as the new mesh wants it."""
+    workdir = tmp_path / "other"
+    shutil.copytree(straight[0], workdir)
+    run = prepare(workdir, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, total_steps=14)
+    assert run.restored_step == 12
+    expected = arrays(straight[0], 12)
+    got = jax.tree.map(np.asarray, run.state)
+    chex.assert_trees_all_equal(got.params, expected["params"])
+    chex.assert_trees_all_equal(got.ema, expected["ema"])
+    kernel = run.state.params["stages_0_0"]["spatial"]["mlp"]["fc1"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (4, 16)
+    assert loop.train(run)["step"] == 14
+
+
+def test_a_number_that_is_not_finite_ends_the_run(tmp_path):
+    run = prepare(tmp_path, optim__lr=1e30, optim__warmup_steps=5, checkpoint__every_steps=1, log_every=1)
+    with pytest.raises(
+        loop.TrainingError, match=r"of step \d+ is not finite; the newest checkpoint is step \d+"
+    ) as error:
+        loop.train(run)
+    bad, newest = (int(number) for number in re.findall(r"step (\d+)", str(error.value)))
+    assert newest == bad - 1 and 0 < bad <= 4
+    for leaf in jax.tree.leaves(arrays(tmp_path, newest)):
+        assert np.isfinite(leaf).all()
+    assert all(line["step"] < bad for line in runs.lines(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--config.optim.lrr=1"], "unknown key 'optim.lrr'; did you mean 'optim.lr'"),
+        (["--config.model.name=davit_nanno"], "unknown model 'davit_nanno'; did you mean 'davit_nano'"),
+        (["--config.model.overrides.depht=3"], "takes no argument 'depht'; did you mean 'depths'"),
+        (["--config.data.batch_size=20"], "batch_size = 20 does not divide over 8 devices .* 16 or 24"),
+        (["--config.data.eval_batch_size=7"], "eval_batch_size = 7 does not divide over 8 devices .*: 8"),
+        (["--config.mesh.fsdp=3"], "mesh .* 8"),
+        (["--config.data.name=folder", "--config.data.path=/nowhere"], "'/nowhere' is not a directory"),
+        (["--config.data.name=tfds:nothing"], "nothing"),
+        (["--config.data.split=trian"], "unknown split 'trian'"),
+        (["surplus"], "unexpected argument 'surplus'"),
+    ],
+)
+def test_wrong_settings(tmp_path, words, message, capsys):
+    assert main(["--config", runs.CONFIG, "--workdir", str(tmp_path), *runs.SMALL, *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and re.search(message, err)
+    assert runs.left_behind(tmp_path) == []
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / "file" / "run"
+    assert main(["--config", runs.CONFIG, "--workdir", str(workdir), *runs.SMALL]) == 2
+    assert "choose a directory that this user can write" in capsys.readouterr().err
+
+
+def test_a_workdir_of_another_run(straight, capsys):
+    words = ["--config.optim.weight_decay=0.5", "--config.total_steps=20"]
+    assert main(["--config", runs.CONFIG, "--workdir", str(straight[0]), *runs.SMALL, *words]) == 2
+    assert re.search(r"optim\.weight_decay: 0\.05 there, 0\.5 now", capsys.readouterr().err)
+
+
+def test_a_folder_of_images_that_breaks_in_the_middle(tmp_path, capsys):
+    images = tmp_path / "images"
+    for split in ("train", "test"):
+        for number in range(32):
+            place = images / split / f"class{number % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(number).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{number}.png")
+    broken = images / "train" / "class0" / "8.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    words = [
+        f"--config.data.path={images}",
+        "--config.data.name=folder",
+        "--config.data.extra_eval.test_last360=test",
+        "--config.data.image_size=8",
+        "--config.data.mean=0.5,0.5,0.5",
+        "--config.data.std=0.5,0.5,0.5",
+        "--config.model.overrides.num_classes=2",
+    ]
+    workdir = tmp_path / "run"
+    assert main(["--config", runs.CONFIG, "--workdir", str(workdir), *runs.SMALL, *words]) == 1
+    assert re.search(r"the data of step [12] cannot be read: .*8\.png", capsys.readouterr().err)
+    Image.fromarray(np.zeros((10, 12, 3), np.uint8)).save(broken)
+    assert main(["--config", runs.CONFIG, "--workdir", str(workdir), *runs.SMALL, *words]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 12
+
+
+def test_a_profile(tmp_path):
+    nothing = dict(data__eval_split="None", data__extra_eval__test_last360="")
+    result = train(tmp_path, profile__first_step=2, profile__steps=2, total_steps=4, **nothing)
+    assert set(result) == {"step", "seconds"}
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

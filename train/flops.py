@@ -1,0 +1,33 @@
+"""How much of the devices' arithmetic a training run uses."""
+
+import jax
+
+from kernels.cost import cost
+from kernels.devices import peak
+from train.program import Program
+
+
+def training_flops(program: Program, batch: dict[str, jax.Array]) -> int:
+    """Matrix operations that training on one example takes: three times those of the forward pass.
+
+    What is computed again in the backward pass (`remat`) does not count, as usual for MFU; a Pallas kernel
+    counts with what it declares.
+
+    Source: Chowdhery et al. (PaLM), arXiv 2204.02311, appendix B.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    prepared = jax.eval_shape(program.task.prepare, batch, key)
+    variables = program.abstract_state.variables()
+
+    def forward(variables, batch, key):
+        return program.task.loss(program.model, variables, batch, key)[0]
+
+    counted = cost(forward, variables, prepared, key, platform=jax.default_backend())
+    kernels = counted.by_primitive.get("pallas_call")
+    return 3 * (counted.matmul_flops + (kernels.flops if kernels else 0)) // len(batch["label"])
+
+
+def mfu(flops_per_second: float) -> dict[str, float]:
+    """Model FLOPs utilization: the share of all devices' bfloat16 peak, `{}` where that is not known."""
+    limit = peak(jax.devices()[0].device_kind)
+    return {} if limit is None else {"mfu": flops_per_second / (limit.flops * jax.device_count())}
