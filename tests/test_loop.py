@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tests import runs
 
+from tests import runs
 from train import config as config_lib
 from train import host, loop
 from train.__main__ import main

@@ -16,23 +16,23 @@ from train.tasks import Batch, Task
 
 @flax.struct.dataclass
 class TrainState:
-    """All that changes from step to step, and all that a checkpoint must hold.
+    """All that changes from step to step, and all that a checkpoint must hold; also of shapes or shardings.
 
     Attributes:
-        step: steps done.
+        step: int32, steps done.
         params: the parameters.
         model_state: the model's other collections, such as `batch_stats`; `{}` where it has none.
         opt_state: the optimizer's state.
         ema: running average of `params` and `model_state`, `{}` where it is off.
-        nonfinite_step: the first step whose loss or gradient was not finite, -1 while there is none.
+        nonfinite_step: int32, the first step whose loss or gradient was not finite, -1 while there is none.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     model_state: Any
     opt_state: Any
     ema: Any
-    nonfinite_step: Int[Array, ""]
+    nonfinite_step: Any
 
     def variables(self, averaged: bool = False) -> dict[str, Any]:
         """What `model.apply` takes; with `averaged` the running averages where they are kept."""
