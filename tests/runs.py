@@ -32,9 +32,9 @@ def command(workdir, *words: str) -> list[str]:
     return [sys.executable, "-m", "train", "--config", CONFIG, "--workdir", str(workdir), *SMALL, *words]
 
 
-def start(workdir, *words: str) -> subprocess.Popen:
-    """Starts a small run; it says on stderr what it does."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+def start(workdir, *words: str, **variables: str) -> subprocess.Popen:
+    """Starts a small run, with these environment variables besides; it says on stderr what it does."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
     pipe = subprocess.PIPE
     return subprocess.Popen(command(workdir, *words), cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 

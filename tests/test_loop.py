@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import socket
 import time
 
 import chex
@@ -137,6 +138,34 @@ def test_going_on_with_other_devices_and_for_longer(straight, tmp_path):
     kernel = run.state.params["stages_0_0"]["spatial"]["mlp"]["fc1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (4, 16)
     assert loop.train(run)["step"] == 14
+
+
+@pytest.mark.slow
+def test_two_processes(straight, tmp_path):
+    """Four devices in each of two processes compute what eight in one do, and leave the same files."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    job = dict(SLURM_JOB_ID="1", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2", JAX_COORDINATOR_PORT=port)
+    children = [
+        runs.start(
+            tmp_path,
+            "--distributed",
+            **job,
+            SLURM_PROCID=rank,
+            SLURM_LOCALID=rank,
+            XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        )
+        for rank in "01"
+    ]
+    outputs = [child.communicate() for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    # Gloo, which connects the processes, talks on stdout too.
+    results = [[line for line in out.splitlines() if line.startswith("{")] for out, _ in outputs]
+    assert [len(lines) for lines in results] == [1, 0]
+    result = runs.without_times(json.loads(results[0][0]))
+    assert result == pytest.approx(runs.without_times(straight[1]), rel=1e-5)
+    chex.assert_trees_all_close(arrays(tmp_path, 3), arrays(straight[0], 3), rtol=1e-5, atol=1e-6)
 
 
 def test_a_number_that_is_not_finite_ends_the_run(tmp_path):

@@ -21,11 +21,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE:ARG", help="a config file and its argument")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run is kept; goes on if it is there")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes: a TPU pod, or a SLURM or MPI job (see jax.distributed.initialize)",
+    )
     arguments, overrides = parser.parse_known_args(argv)
+
+    import jax
 
     from train import config, host, loop, metrics
     from train.checkpoint import CheckpointError
 
+    if arguments.distributed:
+        jax.distributed.initialize()
     host.keep_freed_memory()
     host.cache_compiled_programs()
     try:
@@ -41,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return 130
-    print(metrics.final_line(result), flush=True)
+    if jax.process_index() == 0:
+        print(metrics.final_line(result), flush=True)
     return 0
 
 

@@ -119,7 +119,7 @@ def train(run: Run) -> dict[str, Any]:
         prefetch=config.data.prefetch,
         channels=len(config.data.mean),
     )
-    key = jax.device_put(jax.random.key(config.seed), program.replicated)
+    key = jax.jit(functools.partial(jax.random.key, config.seed), out_shardings=program.replicated)()
     saved_config = config_lib.plain(config)
     state, evaluated, compiled = run.state, {}, None
     in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
@@ -131,9 +131,9 @@ def train(run: Run) -> dict[str, Any]:
         jax.transfer_guard("disallow"),
     ):
         writer.resume(first)
-        bar.message(_describe(run))
+        bar.announce(_describe(run))
         if run.restored_step is not None:
-            bar.message(f"going on from step {first} of {last} in {run.workdir}")
+            bar.announce(f"going on from step {first} of {last} in {run.workdir}")
         for step in range(first + 1, last + 1):
             with meter.phase("data"):
                 batch = place_batch(_next(batches, step), program.rows)
@@ -175,7 +175,7 @@ def train(run: Run) -> dict[str, Any]:
             evaluated = _evaluate(run, state, bar)
         with meter.phase("checkpoint"):
             run.checkpoints.wait()
-        bar.message(_where_the_time_went(meter))
+        bar.announce(_where_the_time_went(meter))
     return {"step": max(first, last), "seconds": round(meter.seconds(), 1), **evaluated}
 
 

@@ -78,8 +78,12 @@ class Progress:
 
     def report(self, step: int, metrics: Metrics) -> None:
         """Prints metrics that are to stay in sight, such as those of an evaluation."""
+        self.announce(self._describe(step, metrics))
+
+    def announce(self, text: str) -> None:
+        """Prints a line that all processes would print alike; process 0 does."""
         if self._process_index == 0:
-            self.message(self._describe(step, metrics))
+            self.message(text)
 
     def message(self, text: str) -> None:
         """Prints a line above the bar; processes other than 0 put their number before it."""
