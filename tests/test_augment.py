@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.augment import IMAGENET_MEAN, eval_transform, random_crop_pad, train_transform
+from train.augment import IMAGENET_MEAN, random_crop_pad, train_transform
 from train.crops import RandomErasing, RandomResizedCrop
 from train.randaugment import INCREASING_OPS, OPS, RandAugment, apply_op, rand_augment
+from zoo.preprocess import eval_transform
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "augment.npz")
 TABLES = json.loads(str(REFERENCE["tables"]))

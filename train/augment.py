@@ -1,76 +1,39 @@
-"""Image transforms on the host: one example in, uint8 pixels of one size out.
+"""Random image transforms on the host: one example in, uint8 pixels of one size out.
 
 A transform is a frozen dataclass, so that worker processes can take it and a run's settings can be printed;
-the functions `eval_transform`, `train_transform` and `random_crop_pad` check settings and build one. Pixels
+the functions `train_transform` and `random_crop_pad` check settings and build one. Pixels
 are Pillow's, and every parameter is drawn as timm draws it, in timm's order, so that a recipe that was
 published with timm means the same here. Normalisation, the fill of erased boxes, mixup and cutmix happen on
 the device (`train/mixing.py`).
 
-The number of values in `mean`, 1 or 3, is the number of channels of the images, which `train.data.decode`
+The number of values in `mean`, 1 or 3, is the number of channels of the images, which `zoo.preprocess.decode`
 brings about. Everything works on grey images: what only changes colour (saturation) leaves them as they are.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from train.crops import (
-    Pixels,
-    RandomErasing,
-    RandomResizedCrop,
-    RandomShiftCrop,
-    as_pil,
-    as_pixels,
-    center_crop,
-    resize,
-    resize_to_cover,
-    resize_to_fit,
-)
+from train.crops import RandomErasing, RandomResizedCrop, RandomShiftCrop
 from train.draws import uniform
 from train.randaugment import RandAugment, rand_augment
+from zoo.preprocess import (
+    INTERPOLATIONS,
+    Entries,
+    as_pil,
+    as_pixels,
+    check_pixels,
+    colour_of,
+    mean_tuple,
+    size_pair,
+)
 from zoo.registry import IMAGENET_MEAN, nearest
 
-INTERPOLATIONS = {filter.name.lower(): filter for filter in Image.Resampling}
 # The others are filters for resizing only.
 _AFFINE = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
-_RESIZE = {"center": resize_to_cover, "squash": resize, "border": resize_to_fit}
-Entries = dict[str, np.ndarray | np.generic]
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalTransform:
-    """Resize and crop without any randomness; see `eval_transform`."""
-
-    size: tuple[int, int]
-    crop_pct: float
-    resample: Image.Resampling
-    crop_mode: str
-    mean: tuple[float, ...]
-
-    def __call__(self, example: Mapping[str, Any], rng: np.random.Generator | None = None) -> Entries:
-        """Transforms {"image", "label"} to {"image" uint8 (h, w, c), "label" int32}; `rng` is not used."""
-        return {"image": self.pixels(example["image"]), "label": np.int32(example["label"])}
-
-    def pixels(self, image: np.ndarray) -> Pixels:
-        """The pixels that the model sees, before normalisation, of a decoded image."""
-        channels = len(self.mean)
-        _check_pixels(image, channels)
-        height, width = (math.floor(side / self.crop_pct) for side in self.size)
-        fill = _colour(self.mean) if self.crop_mode == "border" else (0,) * channels
-        resized = _RESIZE[self.crop_mode](as_pil(image), (height, width), self.resample)
-        return as_pixels(center_crop(resized, self.size, fill))
-
-
-def _check_pixels(image: np.ndarray, channels: int) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels:
-        raise ValueError(
-            f"image: expected uint8 pixels of shape (h, w, {channels}), as `mean` has {channels} values, "
-            f"got {image.dtype} of shape {image.shape}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +81,7 @@ class TrainTransform:
         Raises:
             ValueError: where the image is not uint8 (h, w, c), c the number of values in `mean`.
         """
-        _check_pixels(example["image"], self.channels)
+        check_pixels(example["image"], self.channels)
         image = self.crop(example["image"], rng)
         if self.hflip or self.vflip or self.color:
             image = as_pixels(self._flip_and_color(as_pil(image), rng))
@@ -138,35 +101,6 @@ class TrainTransform:
         if self.vflip and rng.random() < self.vflip:
             image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         return self.color(image, rng) if self.color else image
-
-
-def eval_transform(
-    size: int | tuple[int, int],
-    crop_pct: float = 0.875,
-    interpolation: str = "bicubic",
-    crop_mode: str = "center",
-    *,
-    mean: Sequence[float] = IMAGENET_MEAN,
-) -> EvalTransform:
-    """The preprocessing that a published accuracy was measured with, equal to timm's pixel for pixel.
-
-    Args:
-        size: side of the result, or (height, width).
-        crop_pct: the share of the resized image's side that the crop keeps.
-        interpolation: one of `INTERPOLATIONS`.
-        crop_mode: "center" resizes the shorter side to size / crop_pct and crops the centre; "squash" resizes
-            both sides to it; "border" resizes the longer side to it and fills the rest with `mean`.
-        mean: one value from 0 to 1 per channel, see the head of this file; only "border" uses the values.
-
-    Raises:
-        ValueError: for an unknown name or a value out of range.
-    """
-    if crop_mode not in _RESIZE:
-        raise ValueError(f"crop_mode: unknown mode {crop_mode!r}{nearest(crop_mode, _RESIZE)}")
-    if not crop_pct > 0:
-        raise ValueError(f"crop_pct: expected a number above 0, such as 0.95, got {crop_pct}")
-    (resample,) = _resampling(interpolation)
-    return EvalTransform(_size(size), crop_pct, resample, crop_mode, _mean(mean))
 
 
 def train_transform(
@@ -201,9 +135,9 @@ def train_transform(
     Raises:
         ValueError: for an unknown name or a value out of range.
     """
-    resample = _resampling(interpolation, random=True)
-    crop = RandomResizedCrop(_size(size), _range("scale", scale), _range("ratio", ratio), resample)
-    return _finish(crop, resample, hflip, vflip, color_jitter, auto_augment, erase_prob, _mean(mean))
+    resample = _resampling(interpolation)
+    crop = RandomResizedCrop(size_pair(size), _range("scale", scale), _range("ratio", ratio), resample)
+    return _finish(crop, resample, hflip, vflip, color_jitter, auto_augment, erase_prob, mean_tuple(mean))
 
 
 def random_crop_pad(
@@ -236,14 +170,14 @@ def random_crop_pad(
     Raises:
         ValueError: for an unknown name or a value out of range.
     """
-    size = _size(size)
+    size = size_pair(size)
     if not 0 <= pad < min(size):
         raise ValueError(f"pad: expected a number of pixels from 0 to less than size={size}, got {pad}")
     if not 0 <= rotate <= 180:
         raise ValueError(f"rotate: expected degrees from 0 to 180, got {rotate}")
     if not 0 <= fill <= 255:
         raise ValueError(f"fill: expected a value from 0 to 255, got {fill}")
-    mean, resample = _mean(mean), _resampling(interpolation, random=True)
+    mean, resample = mean_tuple(mean), _resampling(interpolation)
     if rotate or tuple(zoom) != (1.0, 1.0):
         _check_affine(resample, "rotate or zoom")
     crop = RandomShiftCrop(size, pad, float(rotate), _range("zoom", zoom), (fill,) * len(mean), resample)
@@ -263,17 +197,10 @@ def _finish(crop, resample, hflip, vflip, color_jitter, auto_augment, erase_prob
     color = None
     if auto_augment:
         _check_affine(resample, "auto_augment")
-        color = rand_augment(auto_augment, _colour(mean), resample)
+        color = rand_augment(auto_augment, colour_of(mean), resample)
     elif any(jitter):
         color = ColorJitter(tuple(float(s) for s in jitter))
     return TrainTransform(crop, hflip, vflip, color, RandomErasing(erase_prob), len(mean))
-
-
-def _size(size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise ValueError(f"size: expected a side or a (height, width) of at least 1 pixel, got {size}")
-    return height, width
 
 
 def _range(name: str, bounds: tuple[float, float]) -> tuple[float, float]:
@@ -283,21 +210,11 @@ def _range(name: str, bounds: tuple[float, float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _mean(mean: Sequence[float]) -> tuple[float, ...]:
-    if len(mean) not in (1, 3) or not all(0 <= m <= 1 for m in mean):
-        raise ValueError(f"mean: expected one value (grey) or three (RGB) from 0 to 1, got {tuple(mean)}")
-    return tuple(float(m) for m in mean)
-
-
-def _colour(mean: tuple[float, ...]) -> tuple[int, ...]:
-    return tuple(round(255 * m) for m in mean)
-
-
-def _resampling(interpolation: str, random: bool = False) -> tuple[Image.Resampling, ...]:
-    if random and interpolation == "random":
+def _resampling(interpolation: str) -> tuple[Image.Resampling, ...]:
+    if interpolation == "random":
         return Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
     if interpolation not in INTERPOLATIONS:
-        known = [*INTERPOLATIONS, "random"] if random else INTERPOLATIONS
+        known = [*INTERPOLATIONS, "random"]
         raise ValueError(f"interpolation: unknown interpolation {interpolation!r}{nearest(interpolation, known)}")
     return (INTERPOLATIONS[interpolation],)
 

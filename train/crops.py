@@ -1,66 +1,16 @@
-"""Which part of an image is used: resizing, central and random crops, the box that random erasing removes."""
+"""Which part of an image is used: random crops, and the box that random erasing removes."""
 
 import dataclasses
 import math
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from train.draws import below, choose, uniform
+from zoo.preprocess import Pixels, as_pil, as_pixels, center_crop, for_mode, resize, resize_to_cover
 
-Pixels = UInt8[np.ndarray, "h w c"]
 CroppedPixels = UInt8[np.ndarray, "height width c"]
-
-
-def as_pil(image: Pixels) -> Image.Image:
-    """Pixels with 1 or 3 channels as a Pillow image of mode "L" or "RGB"."""
-    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-
-
-def as_pixels(image: Image.Image) -> Pixels:
-    """A Pillow image's pixels; read-only."""
-    pixels = np.asarray(image)
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Resizes to `size`, a (height, width)."""
-    return image if image.size == size[::-1] else image.resize(size[::-1], resample)
-
-
-def resize_to_cover(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Resizes, keeping the aspect ratio, so that the image just covers `size`."""
-    height, width = image.height, image.width
-    if size[0] != size[1]:
-        ratio = min(height / size[0], width / size[1])
-        return resize(image, (round(height / ratio), round(width / ratio)), resample)
-    # A square target rounds the longer side down, as torchvision does; the other case is timm's own.
-    side, longer = size[0], int(size[0] * max(height, width) / min(height, width))
-    return resize(image, (side, longer) if height < width else (longer, side), resample)
-
-
-def resize_to_fit(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
-    """Resizes, keeping the aspect ratio, so that the image just fits into `size`."""
-    ratio = max(image.height / size[0], image.width / size[1])
-    return resize(image, (max(1, round(image.height / ratio)), max(1, round(image.width / ratio))), resample)
-
-
-def center_crop(image: Image.Image, size: tuple[int, int], fill: tuple[int, ...]) -> Image.Image:
-    """Crops the centre to `size` (height, width); where the image is smaller, pads it with `fill` first."""
-    height, width = size
-    dy, dx = max(height - image.height, 0), max(width - image.width, 0)
-    if dy or dx:
-        border = (dx // 2, dy // 2, (dx + 1) // 2, (dy + 1) // 2)
-        image = ImageOps.expand(image, border, for_mode(fill))
-    # round() takes halves to the even number, as the crops of the published accuracies do.
-    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
-    return image.crop((left, top, left + width, top + height))
-
-
-def for_mode(fill: tuple[int, ...]) -> int | tuple[int, ...]:
-    """A colour as Pillow wants it: a bare number for one channel."""
-    return fill[0] if len(fill) == 1 else fill
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import io
 import multiprocessing
 import os
 import signal
@@ -15,16 +14,13 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
 
 from train.sources import Dataset
+from zoo.preprocess import decode
 
 Batch = dict[str, np.ndarray]
 TrainTransform = Callable[[dict[str, Any], np.random.Generator], Mapping[str, Any]]
 EvalTransform = Callable[[dict[str, Any]], Mapping[str, Any]]
-
-PIL_MODES = {1: "L", 3: "RGB"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,52 +65,6 @@ def shuffled(number: int, *, size: int, seed: int) -> tuple[int, int]:
 @functools.lru_cache
 def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1)[0])
-
-
-def decode(image: bytes | np.ndarray, *, channels: int, name: str) -> UInt8[np.ndarray, "H W C"]:
-    """An image's pixels with the wanted number of channels.
-
-    Grey becomes colour by repetition, colour grey by ITU-R 601 luma; an alpha channel is dropped.
-
-    Args:
-        image: an encoded file (whatever PIL reads, 8 bits a channel), or uint8 (H, W) or (H, W, 1, 3 or 4).
-        channels: 1 or 3.
-        name: what an error calls the image.
-
-    Returns:
-        uint8 (H, W, channels), not to be written to.
-
-    Raises:
-        ValueError: the image cannot be decoded or is not one of the kinds above; it contains `name`.
-    """
-    if channels not in PIL_MODES:
-        raise ValueError(f"channels={channels!r}: must be 1 or 3")
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (1,), (3,), (4,)):
-            raise ValueError(
-                f"{name} has shape {image.shape} and dtype {image.dtype}; "
-                "uint8 of (H, W) or (H, W, 1, 3 or 4) is needed"
-            )
-        if image.shape[2:] == (channels,):
-            return image
-        pixels = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
-    else:
-        try:
-            pixels = Image.open(io.BytesIO(image))
-            pixels.load()
-        # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error and more for broken files.
-        except Exception as error:
-            reason = "no format that PIL knows" if isinstance(error, UnidentifiedImageError) else error
-            raise ValueError(f"{name} cannot be decoded ({len(image)} bytes): {reason}") from error
-    if pixels.mode.startswith(("I", "F")):
-        raise ValueError(
-            f"{name} has more than 8 bits a channel (PIL mode {pixels.mode!r}): convert it to 8 bits"
-        )
-    if "transparency" in pixels.info:
-        # PIL warns of palette images with several transparent colours unless they pass through RGBA.
-        pixels = pixels.convert("RGBA")
-    array = np.asarray(pixels.convert(PIL_MODES[channels]))
-    return array[..., None] if channels == 1 else array
 
 
 @dataclasses.dataclass(frozen=True)

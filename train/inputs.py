@@ -4,6 +4,7 @@ import ml_collections
 
 from train import augment, program
 from train.sources import Dataset
+from zoo import preprocess
 
 
 def train_transform(config: ml_collections.ConfigDict, dataset: Dataset) -> augment.TrainTransform:
@@ -24,7 +25,7 @@ def train_transform(config: ml_collections.ConfigDict, dataset: Dataset) -> augm
     return augment.random_crop_pad(size, pad=settings.pad_crop, rotate=settings.rotate, **common)
 
 
-def eval_transform(config: ml_collections.ConfigDict, dataset: Dataset) -> augment.EvalTransform:
+def eval_transform(config: ml_collections.ConfigDict, dataset: Dataset) -> preprocess.EvalTransform:
     """The preprocessing of evaluation: resize and centre crop."""
     size = program.image_size(config, dataset)
-    return augment.eval_transform(size, config.data.crop_pct, config.data.interpolation, mean=config.data.mean)
+    return preprocess.eval_transform(size, config.data.crop_pct, config.data.interpolation, mean=config.data.mean)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from train.crops import for_mode
 from train.draws import choose
+from zoo.preprocess import for_mode
 from zoo.registry import nearest
 
 MAX_LEVEL = 10.0
