@@ -19,3 +19,22 @@ def two_steps(tmp_path_factory):
     directory = tmp_path_factory.mktemp("pristine") / "run"
     save_steps(directory, (1, 2), small_state)
     return directory
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Programs are compiled once for all workers and children; else that would take most of the time."""
+    import jax
+
+    from train import host
+
+    directory = str(tmp_path_factory.getbasetemp().parent / "compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
+        patch.setattr(host, "keep_freed_memory", lambda: True)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

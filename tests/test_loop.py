@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests import runs
 from train import config as config_lib
-from train import host, loop
+from train import loop
 from train.__main__ import main
 from train.checkpoint import read_state
 
@@ -33,19 +33,7 @@ def arrays(workdir, step: int):
     return jax.tree.map(np.asarray, read_state(workdir / "checkpoints", step)[1])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Programs are compiled once for all workers and children; else that would take most of the time."""
-    directory = str(tmp_path_factory.getbasetemp().parent / "compiled")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", directory)
-        patch.setattr(host, "keep_freed_memory", lambda: True)
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        jax.config.update("jax_compilation_cache_dir", directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        yield
-        jax.config.update("jax_compilation_cache_dir", None)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

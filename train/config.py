@@ -87,6 +87,11 @@ def differences(a: Config, b: Config) -> tuple[str, ...]:
     return tuple(sorted(path for path in a.keys() | b.keys() if a.get(path) != b.get(path)))
 
 
+def with_defaults(saved: Config) -> dict[str, Any]:
+    """A saved config, nested, with the defaults of keys that were introduced after it was saved."""
+    return _nest(_complete(saved))
+
+
 def check_resume(saved: Config, given: Config) -> tuple[str, ...]:
     """Checks that a run with the config `given` may go on from a checkpoint that was made with `saved`.
 

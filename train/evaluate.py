@@ -1,13 +1,37 @@
-"""Scores a model on a data set, counting every example exactly once."""
+"""Scores a model on a data set, counting every example exactly once.
 
-from collections.abc import Callable, Iterable
+    python -m train.evaluate --workdir runs/digits
+    python -m train.evaluate --model davit_tiny.msft_in1k --weights model.safetensors \\
+        --data tfds:imagenet2012 --split validation --path /data/tensorflow_datasets
+
+The first scores the newest good checkpoint of a run, as the run itself does; the second published weights, with
+the preprocessing that they were published with. What is printed on stdout is one line of JSON.
+"""
+
+import argparse
+import functools
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
-from jax.sharding import NamedSharding
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
-from train.sharding import place_batch
+import zoo
+from train import config as config_lib
+from train import data, host, inputs, leaves, metrics, program, sources, tasks
+from train.checkpoint import CheckpointError, read_state
+from train.sharding import batch_sharding, check_batch, make_mesh, place_batch
+from zoo import preprocess
+
+BATCH_SIZE = 128
 
 
 def evaluate(
@@ -34,3 +58,183 @@ def evaluate(
             totals[name] = totals.get(name, 0) + value.item()
     count = totals.pop("count")
     return {name: total / count for name, total in totals.items()}
+
+
+def score(
+    model: nn.Module,
+    variables: Any,
+    dataset: sources.Dataset,
+    *,
+    transform: preprocess.EvalTransform,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int = BATCH_SIZE,
+    workers: int = 0,
+) -> dict[str, float]:
+    """Accuracy, top-5 accuracy and loss of a classifier, over all devices.
+
+    Args:
+        model: a classifier; its `dtype` is that of the images too.
+        variables: its variables.
+        dataset: what to score it on.
+        transform: the host's preprocessing.
+        mean, std: per channel, for values in [0, 1].
+        batch_size: a multiple of the number of devices; does not change the result but for rounding.
+        workers: reader processes.
+
+    Raises:
+        ValueError: if the batch does not divide, or the model has another number of classes.
+    """
+    if model.num_classes != dataset.num_classes:
+        raise ValueError(
+            f"the model has {model.num_classes} classes, {dataset.name} has {dataset.num_classes}; "
+            "score it on a data set with the classes that it was trained on"
+        )
+    mesh = make_mesh(dict(data=-1, fsdp=1, tensor=1, sequence=1))
+    check_batch("batch size", batch_size, mesh)
+    replicated, rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
+    task = tasks.Classify(dataset.num_classes, tuple(mean), tuple(std), dtype=model.dtype or jnp.float32)
+    eval_step = jax.jit(functools.partial(task.evaluate, model), out_shardings=replicated)
+    batches = data.eval_iterator(
+        dataset, batch_size=batch_size, transform=transform, workers=workers, channels=len(mean)
+    )
+    with batches:
+        return evaluate(eval_step, jax.device_put(variables, replicated), batches, rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: its arguments; None means those of the process.
+
+    Returns:
+        The exit code: 0 done, 2 the arguments, the data or the weights are wrong.
+    """
+    arguments = _parse(argv)
+    host.keep_freed_memory()
+    host.cache_compiled_programs()
+    try:
+        result = _score_run(arguments) if arguments.workdir else _score_weights(arguments)
+    except (ValueError, TypeError, OSError, NotImplementedError, CheckpointError, zoo.WeightsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(metrics.final_line(result), flush=True)
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", metavar="DIR", help="a run of `python -m train`")
+    what.add_argument("--model", metavar="TAG", help="a model with published weights, such as davit_tiny.msft_in1k")
+    parser.add_argument("--step", type=int, help="with --workdir: this checkpoint and no other")
+    parser.add_argument("--raw", action="store_true", help="with --workdir: not the running averages")
+    parser.add_argument("--weights", metavar="FILE", help="with --model: a file; else it is fetched from the hub")
+    parser.add_argument("--image-size", type=int, help="side in pixels, where it is not to be that of the training")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="with --model: of the computation")
+    parser.add_argument("--data", metavar="NAME", help="digits, folder, tfds or tfds:NAME")
+    parser.add_argument("--split", help="of the data set")
+    parser.add_argument("--path", help="of the data set")
+    parser.add_argument("--batch-size", type=int, help=f"with --model: {BATCH_SIZE} if not given")
+    parser.add_argument("--workers", type=int, default=0, help="reader processes")
+    arguments = parser.parse_args(argv)
+    given = "--workdir" if arguments.workdir else "--model"
+    for name in ("weights", "dtype") if arguments.workdir else ("step", "raw"):
+        if getattr(arguments, name) not in (None, False):
+            parser.error(f"--{name.replace('_', '-')} does not go with {given}")
+    if arguments.model and not (arguments.data and arguments.split):
+        parser.error("--model needs --data and --split")
+    if arguments.data and not arguments.split:
+        parser.error("--data needs --split")
+    return arguments
+
+
+def _score_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A checkpoint of a run, on the run's own splits or another one."""
+    directory = epath.Path(arguments.workdir) / "checkpoints"
+    step, state, saved = read_state(directory, arguments.step, only=("params", "model_state", "ema"))
+    config = ml_collections.ConfigDict(config_lib.with_defaults(saved))
+    config.data.image_size = arguments.image_size or config.data.image_size
+    averaged = bool(state.get("ema")) and not arguments.raw
+    variables = state["ema"] if averaged else {"params": state["params"], **state.get("model_state", {})}
+    print(f"{directory / str(step)}{', running averages' * averaged}", file=sys.stderr)
+    name, path = (arguments.data, arguments.path) if arguments.data else (config.data.name, config.data.path)
+    if arguments.path:
+        path = arguments.path
+    splits = inputs.eval_splits(config)
+    if arguments.split:
+        splits = {re.sub(r"\W+", "_", arguments.split).strip("_"): arguments.split}
+    if not splits:
+        raise ValueError("the run evaluates nothing; name a --split")
+    result: dict[str, Any] = {"step": step}
+    for prefix, split in splits.items():
+        dataset = sources.open_source(name, split=split, path=path)
+        if config.data.image_size is None and dataset.image_shape is None:
+            raise ValueError(f"the images of {dataset.name} differ in size; give --image-size")
+        model = program.build_model(config, dataset)
+        _check_fits(model, variables, config, dataset)
+        found = functools.partial(
+            score,
+            model,
+            variables,
+            dataset,
+            transform=inputs.eval_transform(config, dataset),
+            mean=config.data.mean,
+            std=config.data.std,
+            batch_size=arguments.batch_size or config.data.eval_batch_size or config.data.batch_size,
+            workers=arguments.workers,
+        )
+        with jax.default_matmul_precision(config.matmul_precision):
+            _add(result, prefix, dataset, found)
+    return result
+
+
+def _score_weights(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Published weights, with their own preprocessing."""
+    cfg = zoo.pretrained_cfg(arguments.model)
+    dataset = sources.open_source(arguments.data, split=arguments.split, path=arguments.path)
+    options = dict(dtype=jnp.dtype(arguments.dtype or "float32"))
+    model, variables, report = zoo.load_pretrained(arguments.model, arguments.weights, **options)
+    print(report, file=sys.stderr)
+    result: dict[str, Any] = {}
+    prefix = re.sub(r"\W+", "_", arguments.split).strip("_")
+    found = functools.partial(
+        score,
+        model,
+        variables,
+        dataset,
+        transform=preprocess.published_transform(cfg, arguments.image_size),
+        mean=cfg.mean,
+        std=cfg.std,
+        batch_size=arguments.batch_size or BATCH_SIZE,
+        workers=arguments.workers,
+    )
+    _add(result, prefix, dataset, found)
+    return result
+
+
+def _add(result: dict[str, Any], prefix: str, dataset: sources.Dataset, found: Callable[[], dict[str, float]]):
+    started = time.perf_counter()
+    values = found()
+    seconds = result.get("seconds", 0.0) + time.perf_counter() - started
+    examples = result.get("examples", 0) + len(dataset)
+    result |= {f"{prefix}_{name}": value for name, value in values.items()}
+    result |= {"examples": examples, "seconds": round(seconds, 2), "images_per_second": examples / seconds}
+
+
+def _check_fits(model: nn.Module, variables: Any, config: ml_collections.ConfigDict, dataset: sources.Dataset) -> None:
+    """Raises `ValueError` if the checkpoint's arrays are not those of the model as the data set wants it."""
+    images = jnp.zeros((1, *program.image_size(config, dataset), len(config.data.mean)), model.dtype)
+    expected = jax.eval_shape(model.init, jax.random.key(0), images)
+    if found := leaves.differences(leaves.describe(variables), leaves.describe(expected)):
+        raise ValueError(f"the run's model is not one for the {dataset.num_classes} classes of {dataset.name}: {found}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,3 +29,9 @@ def eval_transform(config: ml_collections.ConfigDict, dataset: Dataset) -> prepr
     """The preprocessing of evaluation: resize and centre crop."""
     size = program.image_size(config, dataset)
     return preprocess.eval_transform(size, config.data.crop_pct, config.data.interpolation, mean=config.data.mean)
+
+
+def eval_splits(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """The splits to evaluate by the name that their metrics get."""
+    splits = {name: split for name, split in config.data.extra_eval.items() if split}
+    return splits if config.data.eval_split is None else {"test": config.data.eval_split, **splits}

@@ -16,7 +16,7 @@ from train import checkpoint, data, flops, metrics, progress, sources
 from train import config as config_lib
 from train import program as program_lib
 from train.evaluate import evaluate
-from train.inputs import eval_transform, train_transform
+from train.inputs import eval_splits, eval_transform, train_transform
 from train.sharding import check_batch, place_batch
 from train.step import TrainState
 
@@ -181,12 +181,9 @@ def train(run: Run) -> dict[str, Any]:
 
 def _open_data(config: ml_collections.FrozenConfigDict) -> tuple[sources.Dataset, dict[str, sources.Dataset]]:
     """The training split, and the splits to evaluate by the name that their metrics get."""
-    splits = {name: split for name, split in config.data.extra_eval.items() if split}
-    if config.data.eval_split is not None:
-        splits = {"test": config.data.eval_split, **splits}
     opened = functools.partial(sources.open_source, config.data.name, path=config.data.path)
     train_set = opened(split=config.data.split)
-    eval_sets = {name: opened(split=split) for name, split in splits.items()}
+    eval_sets = {name: opened(split=split) for name, split in eval_splits(config).items()}
     for dataset in (train_set, *eval_sets.values()):
         if len(dataset) == 0:
             raise ValueError(f"{dataset.name} holds no examples")
