@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tests import runs
 
 import zoo
+from tests import runs
 from train import config as config_lib
 from train import evaluate, loop, sources
 from zoo import preprocess
