@@ -52,10 +52,8 @@ def param_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P
     Raises:
         ValueError: if no rule matches, or the rule has another number of dimensions.
     """
-    for pattern, axes in rules:
-        if re.fullmatch(pattern, path):
-            break
-    else:
+    pattern, axes = next((rule for rule in rules if re.fullmatch(rule[0], path)), (None, None))
+    if axes is None:
         raise ValueError(f"no sharding rule matches {path} {shape}; add one to the family's sharding_rules")
     if len(axes) != len(shape):
         raise ValueError(f"sharding rule {pattern!r} has {len(axes)} axes, but {path} has shape {shape}")

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
 from train.optim import ema_update, gradient_norm
 from train.tasks import Batch, Task

@@ -39,7 +39,7 @@ class Classify:
         label_smoothing: share of the target spread evenly over all classes.
         mixup, cutmix: alpha of each one's Beta distribution, 0 for off; mix_prob: share of batches mixed;
             mix_switch_prob: share of those that take cutmix where both are on.
-        erase_mode: what random erasing fills with.
+        erase_mode: what random erasing fills with; None: nothing is erased.
         dtype: of the images given to the model.
     """
 
@@ -51,7 +51,7 @@ class Classify:
     cutmix: float = 0.0
     mix_prob: float = 1.0
     mix_switch_prob: float = 0.5
-    erase_mode: str = "pixel"
+    erase_mode: str | None = None
     dtype: Any = jnp.float32
 
     @classmethod
@@ -66,13 +66,13 @@ class Classify:
             cutmix=config.augment.cutmix,
             mix_prob=config.augment.mix_prob,
             mix_switch_prob=config.augment.mix_switch_prob,
-            erase_mode=config.augment.erase_mode,
+            erase_mode=config.augment.erase_mode if config.augment.erase_prob else None,
             dtype=jnp.dtype(config.dtype),
         )
 
     def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
         images = normalize(batch["image"], self.mean, self.std)
-        if "erase_box" in batch:
+        if self.erase_mode is not None:
             images = random_erase(images, batch["erase_box"], batch["erase_seed"], self.erase_mode)
         targets = one_hot_smooth(batch["label"], self.num_classes, self.label_smoothing)
         if self.mixup or self.cutmix:
