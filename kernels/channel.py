@@ -9,12 +9,32 @@ from jaxtyping import Array, Float
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
 
+# A CPU adds up the tokens one after the other. In pieces of at most this many, float32 loses a quarter as much of
+# the sum over the 784 tokens of a 28 x 28 map and less than a tenth over 3136; it is faster, its gradient 5 % slower.
+MAX_TOKENS_PER_SUM = 64
+
+
+def _products(query, key):
+    # The logits are sums over all tokens and grow with their number: never in 16 bits.
+    return jnp.einsum("...nhd,...nhe->...hde", query, key, preferred_element_type=accumulator_dtype(query.dtype))
+
+
+def _products_in_pieces(query, key):
+    b, n, h, d = query.shape
+    if n <= MAX_TOKENS_PER_SUM:
+        return _products(query, key)
+    # A divisor if there is one, else zeros fill the last piece.
+    sizes = range(MAX_TOKENS_PER_SUM, MAX_TOKENS_PER_SUM // 2, -1)
+    size = next((size for size in sizes if n % size == 0), MAX_TOKENS_PER_SUM)
+    margin = ((0, 0), (0, -n % size), (0, 0), (0, 0))
+    query, key = (jnp.pad(x, margin).reshape(b, -1, size, h, d) for x in (query, key))
+    return _products(query, key).sum(1)
+
 
 def _xla(query, key, value, *, scale, return_weights):
-    acc = accumulator_dtype(query.dtype)
-    # The logits are sums over all tokens and grow with their number: never in 16 bits.
-    logits = jnp.einsum("bnhd,bnhe->bhde", query, key, preferred_element_type=acc) * scale
-    weights = jax.nn.softmax(logits, axis=-1)
+    # Other platforms do not add in sequence, and would have to write the pieces down.
+    products = jax.lax.platform_dependent(query, key, cpu=_products_in_pieces, default=_products)
+    weights = jax.nn.softmax(products * scale, axis=-1)
     out = jnp.einsum("bhde,bnhe->bnhd", weights.astype(value.dtype), value)
     return (out, weights) if return_weights else out
 

@@ -30,35 +30,40 @@ class Counts:
 
 
 ELEMENTWISE = frozenset(
-    """abs add add_any and ceil clamp clz complex conj convert_element_type div eq eq_to floor ge gt imag is_finite le
-    le_to lt lt_to max min mul mulhi ne neg nextafter not or population_count real reciprocal reduce_precision rem round select_n shift_left shift_right_arithmetic shift_right_logical sign square sub
+    """abs add add_any and ceil clamp clz complex conj convert_element_type div eq eq_to floor ge gt imag is_finite
+    le le_to lt lt_to max min mul mulhi ne neg nextafter not or population_count real reciprocal
+    reduce_precision rem round select_n shift_left shift_right_arithmetic shift_right_logical sign square sub
     xor""".split()
 )
 # With the operations that come on top for every element.
 TRANSCENDENTAL = dict.fromkeys(
-    """acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf erf_inv erfc exp expm1
-    igamma igammac lgamma log log1p log2 polygamma pow regularized_incomplete_beta rsqrt sin sinh sqrt tan
+    """acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf erf_inv erfc exp
+    expm1 igamma igammac lgamma log log1p log2 polygamma pow regularized_incomplete_beta rsqrt sin sinh sqrt tan
     tanh zeta""".split(),
     0,
 ) | {"exp2": 1, "logistic": 3}
 # No operations: data is moved, made or exchanged.
 MOVEMENT = frozenset(
-    """all_gather all_gather_invariant all_to_all broadcast_in_dim concatenate empty iota pad pbroadcast
-    ppermute rev roll split stack tile transpose unstack zeros_like""".split()
+    """all_gather all_gather_invariant all_to_all broadcast_in_dim concatenate empty iota pad pbroadcast ppermute
+    rev roll split stack tile transpose unstack zeros_like""".split()
 )
 # Neither operations nor traffic: another view of the same bytes, or nothing that is left at run time.
 FREE = frozenset(
-    """axis_index bitcast_convert_type copy copy_p debug_callback debug_print device_put empty2 expand_dims layout_constraint name
-    optimization_barrier pcast platform_index preduced pvary random_unwrap random_wrap reduced_vary_cast
+    """axis_index bitcast_convert_type copy debug_callback debug_print device_put empty2 layout_constraint name
+    optimization_barrier platform_index preduced pvary random_clone random_unwrap random_wrap reduced_vary_cast
     reduced_vary_cast_p reshape reshard sharding_constraint squeeze stop_gradient vary_unreduced_cast
     vary_unreduced_cast_p""".split()
 )
 # Of the operand they touch what they return, not all: twice the result, and the indices.
 SLICES = frozenset(("slice", "dynamic_slice", "gather"))
 # In place: the update is read, and what it meets is read and written.
-UPDATES = frozenset(("dynamic_update_slice", "scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max"))
+UPDATES = frozenset(
+    ("dynamic_update_slice", "scatter", "scatter-add", "scatter-max", "scatter-min", "scatter-mul", "scatter-sub")
+)
 # Twenty rounds of five operations and some more make two words.
 THREEFRY_PER_WORD = 60
+# A rejection sampler that nearly always keeps its first proposal: seven keys of two words, a normal, two uniforms.
+WORDS_PER_GAMMA = 17
 
 
 def _size(atom) -> int:
@@ -155,7 +160,7 @@ FLOPS: dict[str, Callable] = {
     "fft": _fft,
     "gather": lambda eqn: 0,
     "integer_pow": _integer_pow,
-    "one_minus_square": lambda eqn: 2 * _size(eqn.outvars[0]),
+    "one_minus_square": lambda eqn: 3 * _size(eqn.outvars[0]),
     "pmax": _over_result,
     "pmin": _over_result,
     "polynomial": lambda eqn: 2 * (len(eqn.invars) - 2) * _size(eqn.outvars[0]),
@@ -163,6 +168,7 @@ FLOPS: dict[str, Callable] = {
     "psum_invariant": _over_result,
     "random_bits": _random_words,
     "random_fold_in": _random_words,
+    "random_gamma": lambda eqn: WORDS_PER_GAMMA * THREEFRY_PER_WORD * _size(eqn.outvars[0]),
     "random_seed": _random_words,
     "random_split": _random_words,
     "reduce": _general_reduction,
@@ -183,6 +189,7 @@ FLOPS: dict[str, Callable] = {
     "scatter-max": _over_updates,
     "scatter-min": _over_updates,
     "scatter-mul": _over_updates,
+    "scatter-sub": _over_updates,
     "select_and_gather_add": lambda eqn: _size(eqn.outvars[0]) * (_window(eqn) - 1),
     "select_and_scatter_add": lambda eqn: _size(eqn.invars[0]) * _window(eqn),
     "slice": lambda eqn: 0,

@@ -1,6 +1,7 @@
 """Layers that several models share. Each owns parameters and names; the arithmetic is plain jax."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float
 
 from kernels import depthwise_conv2d
+from kernels.dense import accumulator_dtype
 
 Dtype = Any
 Initializer = Callable[..., Any]
@@ -20,9 +22,20 @@ Remat = Literal["none", "full", "dots"]
 torch_conv_init = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 # timm's trunc_normal_(std=.02) cuts at +-2, a hundred standard deviations out: a plain normal.
 normal02_init = initializers.normal(0.02)
-exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
 # flax's defaults are epsilon 1e-6 and the variance E[x^2] - E[x]^2, which cancels where the mean is large.
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+
+
+def exact_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """GELU, `x` times the normal distribution's share below `x`, with the error function and not its tanh form.
+
+    Written with erf as torch does it, in float32 (float64 for float64). `jax.nn.gelu` takes erfc, which is exact also
+    in the tail, where `x` below -3 comes out below 0.005, and costs a CPU three times as much.
+
+    Source: Hendrycks and Gimpel (arXiv:1606.08415), section 2.
+    """
+    wide = x.astype(accumulator_dtype(x.dtype))
+    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def torch_bias_init(fan_in: int) -> Initializer:

@@ -1,0 +1,510 @@
+"""The FLOP and byte counter: closed forms, loops and branches by hand, XLA's own count, and DaViT's published one."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+import zoo
+from kernels import attention, channel_attention, depthwise_conv2d, window_attention
+from kernels.cost import cost
+from train import config, program, sources
+
+
+def f32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def products(*lengths):
+    """Operations of a matrix product, or of several at once: a multiply and an add for each term."""
+    return 2 * math.prod(lengths)
+
+
+def softmax_flops(rows, n):
+    """n maxima (the first against -inf), n differences, n - 1 sums, n divisions a row; the exp is not in it."""
+    return rows * (n + n + (n - 1) + n)
+
+
+def taps_inside(size, kernel, stride, pad):
+    """How many (output, tap) pairs of a one-dimensional convolution read a pixel and not the padding."""
+    outputs = (size + 2 * pad - kernel) // stride + 1
+    return sum(0 <= o * stride + k - pad < size for o in range(outputs) for k in range(kernel))
+
+
+def test_matrix_product():
+    counted = cost(jnp.matmul, f32(5, 7), f32(7, 3))
+    assert counted.flops == counted.matmul_flops == products(5, 7, 3)
+    assert counted.transcendentals == 0
+    assert counted.bytes == counted.io_bytes == 4 * (5 * 7 + 7 * 3 + 5 * 3)
+    assert counted.by_primitive["dot_general"].flops == counted.flops
+    half = jax.ShapeDtypeStruct((5, 7), jnp.bfloat16), jax.ShapeDtypeStruct((7, 3), jnp.bfloat16)
+    assert cost(jnp.matmul, *half).io_bytes == counted.io_bytes // 2
+    batched = cost(lambda x, y: jnp.einsum("bhqd,bkhd->bhqk", x, y), f32(2, 3, 5, 7), f32(2, 4, 3, 7))
+    assert batched.matmul_flops == products(2, 3, 5, 4, 7)
+
+
+def test_softmax():
+    counted = cost(functools.partial(jax.nn.softmax, axis=-1), f32(6, 11))
+    assert (counted.flops, counted.transcendentals, counted.matmul_flops) == (softmax_flops(6, 11), 6 * 11, 0)
+    # What is between the operand and the result stays on the chip at best, and is written and read at worst.
+    assert counted.io_bytes == 2 * 4 * 6 * 11
+    assert counted.bytes > 3 * counted.io_bytes
+
+
+def test_attention():
+    b, t, s, h, d = 2, 6, 5, 3, 4
+    counted = cost(functools.partial(attention, scale=0.5), f32(b, t, h, d), f32(b, s, h, d), f32(b, s, h, d))
+    assert counted.matmul_flops == products(b, h, t, s, d, 2)
+    assert counted.transcendentals == b * h * t * s
+    assert counted.flops == counted.matmul_flops + b * h * t * s + softmax_flops(b * h * t, s)
+
+
+def test_window_attention():
+    run = functools.partial(window_attention, num_heads=3, window=(4, 4), pad="mask")
+    counted = cost(run, f32(2, 7, 5, 3 * 12))
+    windows = 2 * 2 * 2
+    assert counted.matmul_flops == products(windows, 16, 16, 12, 2)
+    assert counted.transcendentals == windows * 3 * 16 * 16
+
+
+def test_channel_attention():
+    b, n, h, d = 2, 64, 3, 4
+    counted = cost(channel_attention, *[f32(b, n, h, d)] * 3)
+    assert counted.matmul_flops == products(b, h, n, d, d, 2)
+    assert counted.transcendentals == b * h * d * d
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "pad", "groups"), [(9, 3, 1, 1, 1), (8, 7, 4, 3, 1), (9, 2, 2, 0, 3), (5, 3, 2, 2, 6)]
+)
+def test_convolution(size, kernel, stride, pad, groups):
+    b, c, features = 2, 6, 12
+
+    def conv(x, k):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, k, (stride, stride), [(pad, pad)] * 2, dimension_numbers=dims, feature_group_count=groups
+        )
+
+    counted = cost(conv, f32(b, size, size, c), f32(kernel, kernel, c // groups, features))
+    pairs = taps_inside(size, kernel, stride, pad) ** 2
+    assert counted.flops == counted.matmul_flops == products(b, pairs, c // groups, features)
+
+
+def test_gradient_of_a_strided_convolution_counts_no_holes():
+    def loss(x, k):
+        return jax.lax.conv(x, k, (2, 2), "VALID").sum()
+
+    shapes = f32(1, 3, 9, 9), f32(5, 3, 3, 3)
+    forward = products(4 * 4, 3 * 3, 3, 5)
+    assert cost(loss, *shapes).matmul_flops == forward
+    # One convolution over a gradient with holes between its pixels, one with such a window: the same products.
+    assert cost(jax.grad(loss, (0, 1)), *shapes).matmul_flops == 2 * forward
+
+
+def test_depthwise_convolution_counts_in_the_form_of_the_platform():
+    b, h, w, c = 2, 9, 8, 5
+    run = functools.partial(depthwise_conv2d, padding=1)
+    shapes = f32(b, h, w, c), f32(3, 3, 1, c)
+    convolution = cost(run, *shapes, platform="tpu")
+    assert convolution.matmul_flops == products(b, c, taps_inside(h, 3, 1, 1), taps_inside(w, 3, 1, 1))
+    assert convolution.flops == convolution.matmul_flops
+    # Nine products and eight sums; one row too many, as the function explains.
+    shifted = cost(run, *shapes, platform="cpu")
+    assert (shifted.flops, shifted.matmul_flops) == (17 * b * (h + 1) * w * c, 0)
+
+
+def test_elementary_functions():
+    x = f32(10)
+    cases = {
+        jnp.exp: (0, 10),
+        jax.nn.sigmoid: (30, 10),
+        jnp.exp2: (10, 10),
+        jnp.tanh: (0, 10),
+        jnp.square: (10, 0),
+        jnp.sum: (9, 0),
+        jnp.cumsum: (10, 0),
+        jnp.argmax: (9, 0),
+        jnp.sort: (40, 0),
+        (lambda x: x**5): (30, 0),
+        (lambda x: x**-2): (20, 0),
+        (lambda x: x[::-1].reshape(2, 5).T): (0, 0),
+        (lambda x: x.at[2].add(1.0)): (1, 0),
+        (lambda x: x[jnp.array([1, 3])]): (0, 0),
+    }
+    for function, (flops, transcendentals) in cases.items():
+        by_name = cost(function, x)
+        indices = sum(by_name.by_primitive[p].flops for p in ("lt", "add", "select_n") if p in by_name.by_primitive)
+        counted = by_name.flops - indices, by_name.transcendentals
+        assert counted == (flops, transcendentals), function
+
+
+def test_a_slice_moves_what_it_returns():
+    table, indices = f32(1000, 8), 2 * 4
+    assert cost(lambda x: jax.lax.slice(x, (0, 0), (2, 8)), table).bytes == 2 * 4 * 16
+    assert cost(lambda x: jax.lax.dynamic_slice(x, (3, 0), (2, 8)), table).bytes == 2 * 4 * 16 + indices
+    update = cost(lambda x, y: jax.lax.dynamic_update_slice(x, y, (3, 0)), table, f32(2, 8))
+    assert update.bytes == 3 * 4 * 16 + indices
+
+
+def layers(n, x, w, step):
+    for _ in range(n):
+        x = step(x, w)
+    return x
+
+
+def dense(x, w):
+    return jnp.tanh(x @ w)
+
+
+def test_scan_counts_its_length_times():
+    x, w = f32(4, 8), f32(8, 8)
+    once = products(4, 8, 8)
+
+    def scanned(x, w):
+        return jax.lax.scan(lambda x, _: (dense(x, w), None), x, length=5)[0]
+
+    def nested(x, w):
+        return jax.lax.scan(lambda x, _: (scanned(x, w), None), x, length=3)[0]
+
+    counted = cost(scanned, x, w)
+    assert (counted.flops, counted.transcendentals) == (5 * once, 5 * 4 * 8)
+    assert counted.matmul_flops == 5 * once
+    assert cost(nested, x, w).flops == 15 * once
+    # Two products for each of the forward pass's, no matter that the loop runs backwards.
+    gradient = cost(jax.grad(lambda x, w: scanned(x, w).sum(), (0, 1)), x, w)
+    assert gradient.matmul_flops == 3 * 5 * once
+
+
+@pytest.mark.parametrize(
+    ("bounds", "rounds"), [((0, 6), 6), ((2, 9), 7), ((5, 5), 0), ((7, 3), 0)], ids=str
+)
+def test_fori_loop_with_constant_bounds(bounds, rounds):
+    def run(x, w):
+        return jax.lax.fori_loop(*bounds, lambda _, x: dense(x, w), x)
+
+    assert cost(run, f32(4, 8), f32(8, 8)).matmul_flops == rounds * products(4, 8, 8)
+    # As an argument of a jitted function the bound is a constant all the same.
+    jitted = jax.jit(lambda low, high, x, w: jax.lax.fori_loop(low, high, lambda _, x: dense(x, w), x))
+    assert cost(lambda x, w: jitted(*bounds, x, w), f32(4, 8), f32(8, 8)).matmul_flops == rounds * products(4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("start", "goes_on", "step", "rounds"),
+    [
+        (0, lambda i: i < 10, 3, 4),
+        (0, lambda i: i <= 9, 3, 4),
+        (10, lambda i: i > 0, -4, 3),
+        (10, lambda i: 0 <= i, -5, 3),
+    ],
+)
+def test_while_loop_that_counts(start, goes_on, step, rounds):
+    def run(x):
+        return jax.lax.while_loop(lambda c: goes_on(c[0]), lambda c: (c[0] + step, jnp.exp(c[1])), (start, x))[1]
+
+    counted = cost(run, f32(7))
+    assert counted.transcendentals == 7 * rounds
+    assert counted.by_primitive["add"].flops == rounds
+
+
+def test_while_loop_of_unknown_length():
+    def run(x, n):
+        return jax.lax.fori_loop(0, n, lambda _, x: jnp.exp(x), x)
+
+    def until_small(x):
+        return jax.lax.while_loop(lambda x: x.sum() > 1, lambda x: jnp.exp(x), x)
+
+    shapes = f32(7), jax.ShapeDtypeStruct((), jnp.int32)
+    with pytest.raises(ValueError, match=r"rounds of the while_loop over \(.*float32\[7\].*pass while_trips="):
+        cost(run, *shapes)
+    assert cost(run, *shapes, while_trips=11).transcendentals == 77
+    counted = cost(until_small, f32(7), while_trips=4)
+    # The condition is looked at once more than the body: six sums and a comparison.
+    assert (counted.transcendentals, counted.flops) == (28, 5 * 7)
+
+
+def test_conditional_is_its_most_expensive_branch():
+    def cheap(x, w):
+        return x
+
+    def run(i, x, w):
+        return jax.lax.switch(i, [cheap, lambda x, w: dense(dense(x, w), w), dense], x, w)
+
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    counted = cost(run, index, f32(4, 8), f32(8, 8))
+    assert counted.matmul_flops == 2 * products(4, 8, 8)
+    assert counted.transcendentals == 2 * 32
+    truth = jax.ShapeDtypeStruct((), bool)
+    plain = cost(lambda p, x, w: jax.lax.cond(p, dense, cheap, x, w), truth, f32(4, 8), f32(8, 8))
+    assert plain.matmul_flops == products(4, 8, 8)
+
+
+def test_platform_dependent_is_the_branch_of_the_platform():
+    def run(x):
+        return jax.lax.platform_dependent(x, cpu=jnp.exp, tpu=lambda x: x @ x, default=jnp.negative)
+
+    x = f32(6, 6)
+    assert cost(run, x).transcendentals == 36
+    assert cost(run, x, platform="tpu").flops == products(6, 6, 6)
+    assert cost(run, x, platform="gpu").flops == cost(run, x, platform="rocm").flops == 36
+    with pytest.raises(ValueError, match="unknown platform 'cpuu'; did you mean 'cpu'"):
+        cost(run, x, platform="cpuu")
+    with pytest.raises(ValueError, match="no branch for 'rocm', only for cpu, tpu"):
+        cost(lambda x: jax.lax.platform_dependent(x, cpu=jnp.exp, tpu=jnp.exp), x, platform="rocm")
+
+
+def test_custom_derivatives():
+    @jax.custom_vjp
+    def function(x, w):
+        return x @ w
+
+    function.defvjp(
+        lambda x, w: (x @ w, (x, w)),
+        lambda kept, g: (layers(3, g, kept[1], jnp.matmul), jnp.zeros_like(kept[1])),
+    )
+    x, w, once = f32(4, 8), f32(8, 8), products(4, 8, 8)
+    assert cost(function, x, w).flops == once
+    # The forward pass is needed for nothing here, so that XLA drops it, and neither is it counted.
+    assert cost(jax.grad(lambda x, w: function(x, w).sum()), x, w).matmul_flops == 3 * once
+    assert cost(jax.value_and_grad(lambda x, w: function(x, w).sum()), x, w).matmul_flops == 4 * once
+
+    @jax.custom_jvp
+    def sine(x):
+        return jnp.sin(x)
+
+    sine.defjvp(lambda primals, tangents: (jnp.sin(*primals), tangents[0] * jnp.cos(*primals)))
+    assert cost(sine, f32(5)).transcendentals == 5
+
+
+def test_what_is_computed_again_is_counted_again():
+    def block(x, w):
+        return jnp.tanh(jnp.tanh(x @ w[0]) @ w[1])
+
+    x, w, once = f32(4, 8), f32(2, 8, 8), products(4, 8, 8)
+    plain, kept = jax.value_and_grad(lambda x, w: block(x, w).sum(), (0, 1)), jax.checkpoint_policies.dots_saveable
+
+    def again(policy):
+        return jax.value_and_grad(lambda x, w: jax.checkpoint(block, policy=policy)(x, w).sum(), (0, 1))
+
+    assert cost(plain, x, w).matmul_flops == 6 * once
+    assert cost(again(None), x, w).matmul_flops == 8 * once
+    assert cost(again(kept), x, w).matmul_flops == 6 * once
+    assert cost(again(kept), x, w).transcendentals == cost(plain, x, w).transcendentals + 2 * 32
+
+
+def test_shard_map_is_the_total_over_the_shards():
+    mesh = AbstractMesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def local(x, w):
+        return jax.lax.psum(x @ w, "tensor")
+
+    specs = PartitionSpec("data", "tensor"), PartitionSpec("tensor", None)
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data", None))
+    counted = cost(run, f32(16, 8), f32(8, 6))
+    assert counted.matmul_flops == products(16, 8, 6)
+    # Every shard adds up its part of the result.
+    assert counted.flops == counted.matmul_flops + 8 * (16 // 4) * 6
+
+
+def doubled(x, estimate):
+    def kernel(x_ref, y_ref):
+        y_ref[...] = 2 * x_ref[...]
+
+    return pl.pallas_call(kernel, out_shape=f32(*x.shape), cost_estimate=estimate, name="doubled")(x)
+
+
+def test_pallas_kernel_counts_as_it_declares():
+    estimate = pl.CostEstimate(flops=123, transcendentals=45, bytes_accessed=678)
+    counted = cost(lambda x: doubled(x, estimate), f32(8, 128), platform="tpu")
+    assert (counted.flops, counted.transcendentals, counted.bytes) == (123, 45, 678)
+    assert counted.matmul_flops == 0
+    looped = cost(lambda x: jax.lax.fori_loop(0, 3, lambda _, x: doubled(x, estimate), x), f32(8, 128))
+    assert looped.by_primitive["pallas_call"].flops == 3 * 123
+    with pytest.raises(ValueError, match="Pallas kernel 'doubled' declares no cost_estimate"):
+        cost(lambda x: doubled(x, None), f32(8, 128))
+
+
+def test_what_nobody_reads_is_not_counted():
+    def run(x, w):
+        unused = dense(x, w)
+        return x + 1, jax.jit(lambda x: (jnp.exp(x), (unused @ w).sum()))(x)[0]
+
+    counted = cost(run, f32(4, 8), f32(8, 8))
+    assert (counted.flops, counted.transcendentals) == (32, 32)
+    assert counted.io_bytes == 3 * 4 * 32
+
+
+def test_errors_name_the_primitives_without_a_rule():
+    def run(x):
+        values, vectors = jnp.linalg.eigh(x)
+        return vectors @ jnp.linalg.qr(x)[0]
+
+    with pytest.raises(ValueError, match="no rule for the primitives .*eigh.*; add them to kernels.cost_rules"):
+        cost(run, f32(4, 4))
+    # Not as the operand of a function that needs no rule for it.
+    assert cost(lambda x: x @ x, f32(4, 4)).flops == products(4, 4, 4)
+
+
+def xla_counts(function, shapes, compiled=True):
+    program = jax.jit(function).lower(*shapes)
+    analysis = (program.compile() if compiled else program).cost_analysis()
+    return analysis["flops"], analysis.get("transcendentals", 0)
+
+
+def chain(x, a, b):
+    return x @ a @ b
+
+
+def bilinear(q, k, v):
+    return jnp.einsum("bhqk,bkhd->bqhd", jnp.einsum("bqhd,bkhd->bhqk", q, k), v)
+
+
+def strided(x, k):
+    return jax.lax.conv_general_dilated(x, k, (2, 2), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+depthwise = functools.partial(depthwise_conv2d, padding=1, form="conv")
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (chain, (f32(4, 8), f32(8, 6), f32(6, 3))),
+        (bilinear, (f32(2, 6, 3, 4), f32(2, 5, 3, 4), f32(2, 5, 3, 4))),
+        (strided, (f32(2, 16, 16, 8), f32(3, 3, 8, 16))),
+        (depthwise, (f32(2, 9, 8, 5), f32(3, 3, 1, 5))),
+    ],
+    ids=["chain", "bilinear", "strided", "depthwise"],
+)
+def test_products_count_as_in_xla(function, shapes):
+    """Products alone, so to the unit; the gradients of these functions are products too.
+
+    Before XLA compiles them, since on a CPU it makes a dense convolution of the depthwise one's gradient.
+    """
+    counted = cost(function, *shapes)
+    assert counted.matmul_flops == counted.flops == xla_counts(function, shapes, compiled=False)[0]
+
+    def gradients(dy, *arrays):
+        return jax.vjp(function, *arrays)[1](dy)
+
+    shapes = (f32(*jax.eval_shape(function, *shapes).shape), *shapes)
+    counted = cost(gradients, *shapes)
+    assert counted.matmul_flops == counted.flops == xla_counts(gradients, shapes, compiled=False)[0]
+
+
+def unrolled(x, w):
+    for _ in range(4):
+        x = dense(x, w)
+    return x
+
+
+def scanned(x, w):
+    return jax.lax.scan(lambda x, _: (dense(x, w), None), x, length=4)[0]
+
+
+def loss(function):
+    return jax.grad(lambda x, *rest: (function(x, *rest) ** 2).sum())
+
+
+def test_whole_programs_count_as_in_xla():
+    """Within 2 %: XLA folds what it knows beforehand, such as a causal mask, and a factor of 2 into another."""
+    qkv, packed, xw = (f32(2, 64, 2, 32),) * 3, (f32(2, 14, 14, 3 * 64),), (f32(64, 128), f32(128, 128))
+    windows = functools.partial(window_attention, num_heads=2, window=(7, 7))
+    # Ours, XLA's program (other than ours where that has a loop), shapes.
+    cases = [
+        (unrolled, unrolled, xw),
+        (scanned, unrolled, xw),
+        (loss(scanned), loss(unrolled), xw),
+        (functools.partial(attention, causal=True), functools.partial(attention, causal=True), qkv),
+        (loss(attention), loss(attention), qkv),
+        (windows, windows, packed),
+        (loss(windows), loss(windows), packed),
+        (channel_attention, channel_attention, qkv),
+    ]
+    for ours, theirs, shapes in cases:
+        counted = cost(ours, *shapes)
+        flops, transcendentals = xla_counts(theirs, shapes)
+        assert counted.flops == pytest.approx(flops, rel=0.02), ours
+        assert counted.transcendentals == transcendentals, ours
+    # Which is why XLA's count does not do for a loop.
+    assert xla_counts(scanned, xw)[0] == pytest.approx(xla_counts(unrolled, xw)[0] / 4, rel=0.01)
+
+
+def davit_products(model, size):
+    """Multiply-adds of DaViT by the fact sheet's formulas, for sizes without padded windows.
+
+    Returns:
+        Those of the linear layers, of attention, of the convolutions between stages, of the depthwise
+        convolutions, and of the stem; the last two as pairs: all of them, and those with a real pixel.
+    """
+    side = size // model.stem_strides
+    kernel, first = model.stem_kernel, model.in_chans * model.dims[0]
+    stem = (side * kernel) ** 2 * first, taps_inside(size, kernel, model.stem_strides, kernel // 2) ** 2 * first
+    linear, attended, down, depthwise = model.dims[-1] * model.num_classes, 0, 0, np.zeros(2, int)
+    for i, (c, heads, depth) in enumerate(zip(model.dims, model.num_heads, model.depths)):
+        side = side // 2 if i else side
+        n = side**2
+        assert side % model.window == 0
+        linear += depth * 2 * n * 12 * c**2
+        attended += depth * 2 * n * c * (model.window**2 + c // heads)
+        depthwise += depth * 4 * c * np.array([9 * n, taps_inside(side, 3, 1, 1) ** 2])
+        down += n * 4 * model.dims[i - 1] * c if i else 0
+    return linear, attended, down, depthwise.tolist(), stem
+
+
+@pytest.mark.parametrize(("name", "size", "published"), [("davit_tiny", 224, "4.522"), ("davit_nano", 16, None)])
+def test_davit_counts_what_is_published(name, size, published):
+    model = zoo.create_model(name)
+    images = f32(1, size, size, 3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    linear, attended, down, depthwise, stem = davit_products(model, size)
+    if published:
+        assert f"{(linear + attended + down + depthwise[0] + stem[0]) / 1e9:.3f}" == published
+    # The published count takes the convolutions' products with the zeros of the padding as products.
+    tpu = cost(model.apply, variables, images, platform="tpu")
+    assert tpu.matmul_flops == 2 * (linear + attended + down + depthwise[1] + stem[1])
+    # On a CPU the depthwise convolutions are sums of shifted products, no matrix product and no convolution.
+    cpu = cost(model.apply, variables, images, platform="cpu")
+    assert cpu.matmul_flops == 2 * (linear + attended + down + stem[1])
+    # What is left are norms, softmax, GELU, residuals and biases: less than 4 % of the products in davit_tiny.
+    assert tpu.matmul_flops < tpu.flops < 1.06 * tpu.matmul_flops
+    assert cpu.matmul_flops < cpu.flops < 1.11 * cpu.matmul_flops
+
+
+def training_program(*overrides):
+    settings = config.load("configs/digits.py:davit_nano", list(overrides))
+    return settings, program.build(settings, sources.open_source("digits", split="train"))
+
+
+def step_cost(*overrides, platform="cpu"):
+    settings, built = training_program(*overrides)
+    b = settings.data.batch_size
+    batch = {"image": jax.ShapeDtypeStruct((b, 8, 8, 1), jnp.uint8), "label": jax.ShapeDtypeStruct((b,), jnp.int32)}
+    if settings.augment.erase_prob:
+        batch["erase_box"] = jax.ShapeDtypeStruct((b, 4), jnp.int32)
+        batch["erase_seed"] = jax.ShapeDtypeStruct((b,), jnp.uint32)
+    return built.model, b, cost(built.train_step, built.abstract_state, batch, jax.random.key(0), platform=platform)
+
+
+def test_every_primitive_of_a_training_step_has_a_rule():
+    model, b, counted = step_cost(platform="tpu")
+    linear, attended, down, depthwise, stem = davit_products(model, 8)
+    # Three products for every one of the forward pass, but for the images' gradient.
+    forward = linear + attended + down + depthwise[1] + stem[1]
+    assert counted.matmul_flops == 2 * b * (3 * forward - stem[1])
+
+    everything = (
+        "--config.augment.mixup=0.8", "--config.augment.cutmix=1.0", "--config.augment.erase_prob=0.25",
+        "--config.accum_steps=2", "--config.remat=full",
+    )  # fmt: skip
+    # Every block's forward pass is run twice, but for the last linear layer, a third of what they hold.
+    layers = linear - model.dims[-1] * model.num_classes
+    again = 2 * layers // 3 + attended + depthwise[1]
+    assert step_cost(*everything, platform="cuda")[2].matmul_flops == counted.matmul_flops + 2 * b * again
+    # On a CPU a gradient of the depthwise convolutions is in part a product with ones.
+    assert step_cost(*everything, platform="cpu")[2].matmul_flops > 2 * b * (3 * forward - stem[1] - 3 * depthwise[1])
