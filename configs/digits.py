@@ -35,7 +35,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.augment = dict(pad_crop=1, rotate=10.0)
     config.loss = dict(label_smoothing=0.1)
     config.optim = dict(name="adamw", lr=3e-3, weight_decay=0.05, clip_norm=1.0, warmup_steps=100)
-    config.total_steps = 800
+    config.total_steps = 700
     config.ema = 0.995
     config.eval_every = 200
     config.log_every = 50

@@ -56,11 +56,12 @@ def cost(
 ) -> Cost:
     """Counts what `fn(*args, **kwargs)` costs, without compiling or running it.
 
-    Results that nobody reads are not counted, as XLA removes them; otherwise every primitive counts as often
-    as it runs. A scan counts its length times, a `while_loop` (and a `fori_loop` with traced bounds) as often
-    as its bounds say where they are constants, a conditional as its most expensive branch, a
-    `platform_dependent` as the branch of `platform`, a `shard_map` as one shard times the number of shards:
-    the total over the devices. What each primitive counts is in `kernels.cost_rules`.
+    Results that nobody reads are not counted, as XLA removes them (but for those of a loop's body, which counts
+    whole); otherwise every primitive counts as often as it runs. A scan counts its length times, a `while_loop`
+    (and a `fori_loop` with traced bounds) as often as its bounds say where they are constants, a conditional as
+    its most expensive branch, a `platform_dependent` as the branch of `platform`, a `shard_map` as one shard
+    times the number of shards: the total over the devices. What each primitive counts is in
+    `kernels.cost_rules`.
 
     Args:
         fn: a function of arrays, jitted, differentiated or plain.

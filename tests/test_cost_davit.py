@@ -1,0 +1,82 @@
+"""The FLOP counter on whole models and training steps: DaViT's published count, and every primitive known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import zoo
+from kernels.cost import cost
+from tests.test_cost import f32, taps_inside
+from train import config, program, sources
+
+
+def davit_products(model, size):
+    """Multiply-adds of DaViT by the fact sheet's formulas, for sizes without padded windows.
+
+    Returns:
+        Those of the linear layers, of attention, of the convolutions between stages, of the depthwise
+        convolutions, and of the stem; the last two as pairs: all of them, and those with a real pixel.
+    """
+    side = size // model.stem_strides
+    kernel, first = model.stem_kernel, model.in_chans * model.dims[0]
+    stem = (side * kernel) ** 2 * first, taps_inside(size, kernel, model.stem_strides, kernel // 2) ** 2 * first
+    linear, attended, down, depthwise = model.dims[-1] * model.num_classes, 0, 0, np.zeros(2, int)
+    for i, (c, heads, depth) in enumerate(zip(model.dims, model.num_heads, model.depths)):
+        side = side // 2 if i else side
+        n = side**2
+        assert side % model.window == 0
+        linear += depth * 2 * n * 12 * c**2
+        attended += depth * 2 * n * c * (model.window**2 + c // heads)
+        depthwise += depth * 4 * c * np.array([9 * n, taps_inside(side, 3, 1, 1) ** 2])
+        down += n * 4 * model.dims[i - 1] * c if i else 0
+    return linear, attended, down, depthwise.tolist(), stem
+
+
+@pytest.mark.parametrize(("name", "size", "published"), [("davit_tiny", 224, "4.522"), ("davit_nano", 16, None)])
+def test_davit_counts_what_is_published(name, size, published):
+    model = zoo.create_model(name)
+    images = f32(1, size, size, 3)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    linear, attended, down, depthwise, stem = davit_products(model, size)
+    if published:
+        assert f"{(linear + attended + down + depthwise[0] + stem[0]) / 1e9:.3f}" == published
+    # The published count takes the convolutions' products with the zeros of the padding as products.
+    tpu = cost(model.apply, variables, images, platform="tpu")
+    assert tpu.matmul_flops == 2 * (linear + attended + down + depthwise[1] + stem[1])
+    # On a CPU the depthwise convolutions are sums of shifted products, no matrix product and no convolution.
+    cpu = cost(model.apply, variables, images, platform="cpu")
+    assert cpu.matmul_flops == 2 * (linear + attended + down + stem[1])
+    # What is left are norms, softmax, GELU, residuals and biases: 1 % in davit_tiny, 5 % in davit_nano.
+    assert tpu.matmul_flops < tpu.flops < 1.06 * tpu.matmul_flops
+
+
+def step_cost(*overrides, platform="cpu"):
+    """The model, the batch size and the cost of a training step on the digits."""
+    settings = config.load("configs/digits.py:davit_nano", list(overrides))
+    built = program.build(settings, sources.open_source("digits", split="train"))
+    b = settings.data.batch_size
+    batch = {"image": jax.ShapeDtypeStruct((b, 8, 8, 1), jnp.uint8), "label": jax.ShapeDtypeStruct((b,), jnp.int32)}
+    if settings.augment.erase_prob:
+        batch["erase_box"] = jax.ShapeDtypeStruct((b, 4), jnp.int32)
+        batch["erase_seed"] = jax.ShapeDtypeStruct((b,), jnp.uint32)
+    return built.model, b, cost(built.train_step, built.abstract_state, batch, jax.random.key(0), platform=platform)
+
+
+def test_every_primitive_of_a_training_step_has_a_rule():
+    model, b, counted = step_cost(platform="tpu")
+    linear, attended, down, depthwise, stem = davit_products(model, 8)
+    # Three products for every one of the forward pass, but for the images' gradient.
+    forward = linear + attended + down + depthwise[1] + stem[1]
+    assert counted.matmul_flops == 2 * b * (3 * forward - stem[1])
+
+    everything = (
+        "--config.augment.mixup=0.8", "--config.augment.cutmix=1.0", "--config.augment.erase_prob=0.25",
+        "--config.accum_steps=2", "--config.remat=full",
+    )  # fmt: skip
+    # Every block's forward pass is run twice, but for the last linear layer, a third of what they hold.
+    layers = linear - model.dims[-1] * model.num_classes
+    again = 2 * layers // 3 + attended + depthwise[1]
+    assert step_cost(*everything, platform="cuda")[2].matmul_flops == counted.matmul_flops + 2 * b * again
+    # On a CPU a gradient of the depthwise convolutions is in part a product with ones.
+    assert step_cost(*everything, platform="cpu")[2].matmul_flops > 2 * b * (3 * forward - stem[1] - 3 * depthwise[1])
