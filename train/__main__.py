@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from train import config, host, loop, metrics
     from train.checkpoint import CheckpointError
 
+    host.keep_freed_memory()
     if arguments.distributed:
         jax.distributed.initialize()
-    host.keep_freed_memory()
     host.cache_compiled_programs()
     try:
         run = loop.prepare(config.load(arguments.config, overrides), arguments.workdir)

@@ -175,10 +175,10 @@ class Checkpoints:
                 self._checkpointer.save(self._path(step), args=items)
         except Exception as error:
             self._fail(step, error)
-        else:
-            self._thread = threading.Thread(target=self._finish, args=(step,), name=f"checkpoint-{step}")
-            self._thread.start()
-        if self._failure is not None or not self._async:
+            self.wait()
+        self._thread = threading.Thread(target=self._finish, args=(step,), name=f"checkpoint-{step}")
+        self._thread.start()
+        if not self._async:
             self.wait()
         return True
 

@@ -15,7 +15,8 @@ def keep_freed_memory() -> bool:
 
     XLA allocates a program's temporaries anew at every call. glibc maps each large one, and the system clears
     its pages when they are first touched: on two cores that was half of a small model's step. What is freed
-    is now used again, at the price of a process that stays as large as it once was.
+    is now used again, at the price of a process that stays as large as it once was. To be called before JAX's
+    backend starts its threads, which would have arenas of their own by then.
 
     Returns:
         Whether the C library took the settings; only glibc knows them.
@@ -23,7 +24,7 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # One arena: those of other threads are made of heaps that are unmapped one by one. -1 is "never" to glibc.
+    # One arena: those of other threads map what is over 64 MB whatever the settings. -1 is "never" to glibc.
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1))
     return mallopt is not None and all(mallopt(name, value) == 1 for name, value in settings)
 
