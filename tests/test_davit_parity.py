@@ -2,8 +2,6 @@
 
 import functools
 import itertools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +11,13 @@ from safetensors.numpy import load_file
 
 import zoo
 from kernels import channel_attention, window_attention
+from tests.parity import assert_features, assert_gradients, assert_near, backward, forward, part, reference
 from tests.reference.weights import pseudo_images, pseudo_normal, pseudo_weights, sample
 
-REFERENCE = Path(__file__).parent / "reference"
 NAMINGS = ("timm", "official")
 SIZES = ("224x224", "225x231", "230x197")
 # Reached in float32: logits and features within 3e-6, gradients within 5e-5.
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE, FLOAT64_TOLERANCE = 2e-5, 2e-4, 1e-10
-
-
-def part(record: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
-
-
-def reference(name: str, prefix: str = "") -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """A stored record and the weights it was made with."""
-    with np.load(REFERENCE / f"{name}.npz") as file:
-        record = part(dict(file), prefix)
-    return record, pseudo_weights(json.loads(str(record["shapes"])))
 
 
 @functools.cache
@@ -38,68 +25,6 @@ def loaded(variant: str, naming: str):
     """A stored record, the weights it was made with, and the model and variables loaded from them."""
     record, weights = reference(f"{variant}_{naming}")
     return record, weights, *zoo.load_pretrained(variant, weights)
-
-
-def assert_near(actual, expected, relative: float, what: str):
-    """Largest difference against the largest expected magnitude, and norm against norm."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, expected {expected.shape}"
-    for measure, size in (("entry", lambda x: np.abs(x).max()), ("norm", np.linalg.norm)):
-        error = size(actual - expected) / size(expected)
-        assert error <= relative, f"{what}: relative error {error:.2e} by {measure}, at most {relative:.0e}"
-
-
-def assert_features(features, record: dict[str, np.ndarray], relative: float):
-    assert len(features) == sum(key.endswith("/sample") for key in record)
-    for index, feature in enumerate(features):
-        key = f"features{index}"
-        assert feature.shape == tuple(record[f"{key}/shape"])
-        array = np.asarray(feature, np.float64)
-        moments = np.asarray([array.mean(), np.sqrt(np.square(array).mean())])
-        assert_near(moments, record[f"{key}/mean_rms"], relative, f"{key}, mean and rms")
-        # The samples are stored in float32, whose rounding is all that remains in float64.
-        assert_near(sample(key, array, 256), record[f"{key}/sample"], max(relative, 1e-7), key)
-
-
-def assert_gradients(gradients: dict[str, np.ndarray], record: dict[str, np.ndarray], relative: float):
-    for name, expected in zip(sorted(gradients), record["gradient_norms"], strict=True):
-        norm = np.linalg.norm(np.asarray(gradients[name], np.float64))
-        assert norm == pytest.approx(expected, rel=relative), f"norm of the gradient of {name}"
-    entries = part(record, "gradient/")
-    assert entries
-    for name, expected in entries.items():
-        actual = sample(name, gradients[name], expected.size)
-        assert_near(actual, expected, max(relative, 1e-7), f"gradient of {name}")
-
-
-# Models are equal by their fields, so both namings share a compiled function.
-@functools.cache
-def forward(model):
-    """A jitted function from variables and images to the output and the features."""
-
-    @jax.jit
-    def run(variables, images):
-        features = zoo.forward_intermediates(model, variables, images, include_stem=True)
-        return model.apply(variables, images), features
-
-    return run
-
-
-@functools.cache
-def backward(model):
-    """A jitted function from parameters and images to the gradients of sum(logits * direction), and logits."""
-
-    # A third less time to compile, and the program runs as fast.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "1"})
-    def run(params, images):
-        def objective(params):
-            logits = model.apply({"params": params}, images)
-            direction = pseudo_normal("direction", logits.shape).astype(logits.dtype)
-            return (logits * direction).sum(), logits
-
-        return jax.grad(objective, has_aux=True)(params)
-
-    return run
 
 
 def cases(*quick):
@@ -127,7 +52,7 @@ def test_logits_and_gradients(variant, size, tmp_path):
         record, _, model, variables, _ = loaded(variant, naming)
         record = part(record, f"{size}/")
         with jax.default_matmul_precision("highest"):
-            gradients, logits = backward(model)(variables["params"], images)
+            gradients, logits = backward(model)(variables, images)
         np.testing.assert_allclose(logits, record["logits"], rtol=0, atol=OUTPUT_TOLERANCE)
         # Gradients are shaped like the parameters, so saving them gives every one its reference name.
         path = tmp_path / f"{naming}.safetensors"

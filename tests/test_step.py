@@ -14,6 +14,7 @@ from tests import runs
 from train import config as config_lib
 from train import inputs, optim, program, sharding, sources, step, tasks
 from zoo import registry
+from zoo.pretrained import example_input
 
 MODEL = zoo.create_model("davit_nano", depths=(1,), dims=(8,), num_heads=(2,), in_chans=1)
 TASK = tasks.Classify(10, (0.5,), (0.5,), label_smoothing=0.1)
@@ -154,14 +155,14 @@ def test_moments_and_averages_lie_where_their_parameter_lies(digits):
 def test_every_parameter_has_a_place(name):
     mesh = sharding.make_mesh(dict(data=1, fsdp=2, tensor=4, sequence=1))
     model = zoo.create_model(name)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), example_input(model))
     rules = registry.family_of(name).sharding_rules
-    specs = [
-        sharding.param_spec(sharding.path_of(path), leaf.shape, rules, mesh)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-    ]
-    # All matrices are split, so a device holds far less than the whole.
-    assert sum(any(axis for axis in spec) for spec in specs) > len(specs) / 3
+    split = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        spec = sharding.param_spec(sharding.path_of(path), leaf.shape, rules, mesh)
+        split.append((leaf.size, any(spec)))
+    # What stays whole are vectors and small kernels, so a device holds far less than the whole.
+    assert sum(size for size, is_split in split if is_split) > 0.9 * sum(size for size, _ in split)
 
 
 def test_errors_of_meshes_rules_and_batches():

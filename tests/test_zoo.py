@@ -179,3 +179,26 @@ def test_importing_the_zoo_is_cheap():
     code = f"import sys, zoo; zoo.list_models(); print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_features_only_has_no_head():
+    whole, model = tiny(), tiny(features_only=True)
+    variables = init(whole, 1, 8, 8, 3)
+    stages = {name: leaf for name, leaf in variables["params"].items() if not name.startswith("head")}
+    assert init(model, 1, 8, 8, 3)["params"].keys() == stages.keys()
+    x = images(2, 9, 14, 3)
+    features = jax.jit(model.apply)({"params": stages}, x)
+    expected = jax.jit(functools.partial(zoo.forward_intermediates, whole))(variables, x)
+    assert isinstance(features, tuple)
+    chex.assert_trees_all_equal(list(features), expected)
+
+
+def test_weights_load_without_the_head():
+    whole = tiny()
+    path_free = zoo.pretrained.flatten(init(whole, 1, 8, 8, 3))
+    model, variables, report = zoo.load_pretrained("davit_nano", path_free, features_only=True, **TINY)
+    assert report.ignored == {"features_only drops the head": tuple(p for p in path_free if "/head" in p)}
+    assert report.replaced == ()
+    found = zoo.pretrained.flatten(variables)
+    assert found.keys() == {path for path in path_free if "/head" not in path}
+    chex.assert_trees_all_equal(found, {path: path_free[path] for path in found})

@@ -199,7 +199,7 @@ def _score_weights(arguments: argparse.Namespace) -> dict[str, Any]:
     """Published weights, with their own preprocessing."""
     cfg = zoo.pretrained_cfg(arguments.model)
     dataset = sources.open_source(arguments.data, split=arguments.split, path=arguments.path)
-    options = dict(dtype=jnp.dtype(arguments.dtype or "float32"))
+    options = dict(dtype=jnp.dtype(arguments.dtype or "float32"), image_size=arguments.image_size)
     model, variables, report = zoo.load_pretrained(arguments.model, arguments.weights, **options)
     print(report, file=sys.stderr)
     result: dict[str, Any] = {}

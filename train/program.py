@@ -43,8 +43,9 @@ class Program:
 
 
 def build_model(config: ml_collections.ConfigDict, dataset: Dataset) -> nn.Module:
-    """The model that a config names; classes are the data set's and channels those of `data.mean`."""
+    """The model that a config names; its classes and image size are the data's, its channels those of `data.mean`."""
     fields = dict(
+        image_size=image_size(config, dataset),
         num_classes=dataset.num_classes,
         in_chans=len(config.data.mean),
         dtype=jnp.dtype(config.dtype),

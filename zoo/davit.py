@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import channel_attention, window_attention
-from kernels.dense import accumulator_dtype
+from zoo.attention_maps import ChannelMap, WindowMap, watched
 from zoo.davit_weights import KEY_MAPS, PRETRAINED
+from zoo.image_model import ImageModel
 from zoo.layers import (
     Conv,
     DepthwiseConv,
@@ -25,6 +26,7 @@ from zoo.layers import (
     Linear,
     Mlp,
     Remat,
+    mean_of_tokens,
     pad_to_multiple,
     rematerialize,
 )
@@ -52,13 +54,18 @@ class WindowAttention(nn.Module):
         c = x.shape[-1]
         qkv = Linear(3 * c, name="qkv", **like)
         bias = qkv(jnp.zeros((1, c), x.dtype))[0]
+        window, watching = (self.window, self.window), watched(self)
         out = window_attention(
             qkv(x),
             num_heads=self.num_heads,
-            window=(self.window, self.window),
+            window=window,
             pad=bias,
             implementation=self.implementation,
+            return_weights=watching,
         )
+        if watching:
+            out, weights = out
+            self.sow("attention", "map", WindowMap(weights, x.shape[1:3], window, "block"))
         return Linear(c, name="proj", **like)(out)
 
 
@@ -81,10 +88,16 @@ class ChannelAttention(nn.Module):
         b, h, w, c = x.shape
         qkv = Linear(3 * c, name="qkv", **like)(x).reshape(b, h * w, 3, self.num_heads, c // self.num_heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        watching = watched(self)
+        how = dict(implementation=self.implementation, return_weights=watching)
         if self.kind == "davit":
-            out = channel_attention(k, v, q, implementation=self.implementation)
+            out = channel_attention(k, v, q, **how)
         else:
-            out = channel_attention(q, k, v, scale=(h * w) ** -0.5, implementation=self.implementation)
+            out = channel_attention(q, k, v, scale=(h * w) ** -0.5, **how)
+        if watching:
+            out, weights = out
+            magnitude = jnp.sqrt(jnp.square(out).mean(-1)).reshape(b, h, w, self.num_heads)
+            self.sow("attention", "map", ChannelMap(weights, magnitude))
         return Linear(c, name="proj", **like)(out.reshape(b, h, w, c))
 
 
@@ -107,9 +120,7 @@ class Block(nn.Module):
         attended = self.attention(LayerNorm(name="norm1", **like)(x))
         x = x + DropPath(self.drop_path)(attended, train)
         x = x + DepthwiseConv(3, name="cpe2", **like)(x)
-        hidden = Mlp(int(self.mlp_ratio * x.shape[-1]), name="mlp", **like)(
-            LayerNorm(name="norm2", **like)(x)
-        )
+        hidden = Mlp(int(self.mlp_ratio * x.shape[-1]), name="mlp", **like)(LayerNorm(name="norm2", **like)(x))
         return x + DropPath(self.drop_path)(hidden, train)
 
 
@@ -160,7 +171,7 @@ class Stem(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
         like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         x = pad_to_multiple(x, self.strides)
         x = Conv(self.features, self.kernel_size, self.strides, self.kernel_size // 2, name="conv", **like)(x)
@@ -176,23 +187,19 @@ class Downsample(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
         like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         x = LayerNorm(name="norm", **like)(x)
         overlaps = self.kernel_size % 2
         if not overlaps:
             x = pad_to_multiple(x, self.kernel_size)
-        return Conv(
-            self.features, self.kernel_size, 2, self.kernel_size // 2 * overlaps, name="conv", **like
-        )(x)
+        return Conv(self.features, self.kernel_size, 2, self.kernel_size // 2 * overlaps, name="conv", **like)(x)
 
 
-class DaViT(nn.Module):
+class DaViT(ImageModel):
     """DaViT for images of any height and width.
 
-    Attributes:
-        num_classes: width of the classifier; 0 leaves it out, and the model returns the pooled features.
-        in_chans: channels of the input.
+    Attributes, beside those of every image model:
         depths: dual blocks (a spatial and a channel block each) of every stage.
         dims: channels of every stage.
         num_heads: attention heads, and channel groups, of every stage.
@@ -201,16 +208,10 @@ class DaViT(nn.Module):
         stem_kernel, stem_strides: of the first convolution.
         down_kernel: 2 or 3, side of the kernel between stages.
         channel_attention: `"davit"`, or `"florence2"` for the roles and scale of Florence-2's towers.
-        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
-        drop_path_schedule: `"timm"`, both halves of a dual block share a rate; `"official"`, rates grow from
-            one half to the next.
-        remat: what the backward pass recomputes, see `zoo.layers.rematerialize`.
-        implementation: of the attention primitives, see `kernels.dispatch`.
-        dtype: of the computation, None for that of the images and parameters; param_dtype: of the parameters.
+        drop_path_schedule: stochastic depth grows linearly from 0; `"timm"`, both halves of a dual block share a
+            rate; `"official"`, rates grow from one half to the next.
     """
 
-    num_classes: int = 1000
-    in_chans: int = 3
     depths: tuple[int, ...] = (1, 1, 3, 1)
     dims: tuple[int, ...] = (96, 192, 384, 768)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
@@ -220,12 +221,7 @@ class DaViT(nn.Module):
     stem_strides: int = 4
     down_kernel: int = 2
     channel_attention: ChannelAttentionKind = "davit"
-    drop_path_rate: float = 0.0
     drop_path_schedule: Literal["timm", "official"] = "timm"
-    remat: Remat = "none"
-    implementation: str | tuple[str, ...] | None = None
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
 
     def drop_path_rates(self) -> list[tuple[float, float]]:
         """The rates of the spatial and the channel half of every dual block, in order."""
@@ -233,9 +229,7 @@ class DaViT(nn.Module):
         if self.drop_path_schedule == "timm":
             return [(self.drop_path_rate * i / max(pairs - 1, 1),) * 2 for i in range(pairs)]
         if self.drop_path_schedule != "official":
-            raise ValueError(
-                f"drop_path_schedule must be 'timm' or 'official', got {self.drop_path_schedule!r}"
-            )
+            raise ValueError(f"drop_path_schedule must be 'timm' or 'official', got {self.drop_path_schedule!r}")
         rates = [self.drop_path_rate * i / (2 * pairs - 1) for i in range(2 * pairs)]
         return list(zip(rates[::2], rates[1::2]))
 
@@ -270,40 +264,17 @@ class DaViT(nn.Module):
             ]
             for depth, heads in zip(self.depths, self.num_heads)
         ]
-        self.head_norm = LayerNorm(**like)
-        if self.num_classes:
-            self.head = Linear(self.num_classes, **like)
+        if not self.features_only:
+            self.head_norm = LayerNorm(**like)
+            if self.num_classes:
+                self.head = Linear(self.num_classes, **like)
 
-    def forward_intermediates(
-        self, images: Float[Array, "B H W C"], train: bool = False
-    ) -> list[Float[Array, "B h w D"]]:
-        """The stem's output, then every stage's, each `(B, h, w, dim)`."""
-        if images.ndim != 4 or images.shape[-1] != self.in_chans:
-            raise ValueError(f"images must be (batch, height, width, {self.in_chans}), got {images.shape}")
-        x = self.stem(images)
-        features = [x]
-        for i, blocks in enumerate(self.stages):
-            if i:
-                x = self.downsamples[i - 1](x)
-            for block in blocks:
-                x = block(x, train)
-            features.append(x)
-        return features
-
-    def forward_features(
-        self, images: Float[Array, "B H W C"], train: bool = False
-    ) -> Float[Array, "B h w D"]:
-        """The last stage's output, `(B, h, w, dims[-1])`."""
-        return self.forward_intermediates(images, train)[-1]
-
-    def forward_head(self, features: Float[Array, "B h w D"]) -> Float[Array, "B out"]:
-        """Mean over the tokens, norm, classifier: `(B, num_classes)`, or `(B, dims[-1])` without classes."""
-        pooled = features.mean(axis=(1, 2), dtype=accumulator_dtype(features.dtype)).astype(features.dtype)
-        pooled = self.head_norm(pooled)
-        return self.head(pooled) if self.num_classes else pooled
-
-    def __call__(self, images: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B out"]:
-        return self.forward_head(self.forward_features(images, train))
+    def forward_head(
+        self, features: Float[Array, "B h w D"], train: bool = False, pre_logits: bool = False
+    ) -> Float[Array, "B out"]:
+        """Mean over the tokens, norm, classifier: `(B, num_classes)`, or `(B, dims[-1])` without it."""
+        pooled = self.head_norm(mean_of_tokens(features))
+        return self.head(pooled) if self.num_classes and not pre_logits else pooled
 
 
 _SMALL = dict(depths=(1, 1, 9, 1))
@@ -329,6 +300,7 @@ VARIANTS = {
         stem_kernel=3,
         stem_strides=1,
         num_classes=10,
+        image_size=8,
     ),
 }
 

@@ -38,6 +38,11 @@ def exact_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
+def tanh_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """GELU in its tanh form, an approximation within 5e-4 of `exact_gelu`; some checkpoints are trained with it."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 def torch_bias_init(fan_in: int) -> Initializer:
     """torch's default for the bias of a convolution: uniform within `1 / sqrt(fan_in)`."""
     bound = fan_in**-0.5
@@ -77,9 +82,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
-        bias = (
-            self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        )
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = x.reshape(-1, x.shape[-1]) @ kernel
         if bias is not None:
@@ -88,56 +91,121 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """Two-dimensional convolution with torch's defaults for padding and initial values.
+    """Two-dimensional convolution; padding, bias and initial values are torch's unless told otherwise.
 
     Attributes:
         features: output channels.
-        kernel_size, strides: side lengths in pixels, the same both ways.
-        padding: zeros on every side.
+        kernel_size, strides: side lengths in pixels, one number or (rows, columns).
+        padding: zeros on every side, or `"SAME"` as TensorFlow means it: the odd zero at the bottom and right.
+        use_bias: whether there is one.
+        kernel_init, bias_init: initial values; None for the bias takes torch's.
     """
 
     features: int
-    kernel_size: int
-    strides: int = 1
-    padding: int = 0
+    kernel_size: int | tuple[int, int]
+    strides: int | tuple[int, int] = 1
+    padding: int | Literal["SAME"] = 0
+    use_bias: bool = True
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = torch_conv_init
+    bias_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w out"]:
-        k, s, c = self.kernel_size, self.strides, x.shape[-1]
-        kernel = self.param("kernel", torch_conv_init, (k, k, c, self.features), self.param_dtype)
-        bias = self.param("bias", torch_bias_init(k * k * c), (self.features,), self.param_dtype)
+        k, s, c = _pair(self.kernel_size), _pair(self.strides), x.shape[-1]
+        kernel = self.param("kernel", self.kernel_init, (*k, c, self.features), self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias_init = self.bias_init or torch_bias_init(k[0] * k[1] * c)
+            bias = self.param("bias", bias_init, (self.features,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        if k == s and not self.padding:
-            # Patches that do not overlap: one matrix product, several times faster on a CPU.
-            b, h, w, _ = x.shape
-            x = (
-                x[:, : h // k * k, : w // k * k]
-                .reshape(b, h // k, k, w // k, k, c)
-                .transpose(0, 1, 3, 2, 4, 5)
-            )
-            y = x.reshape(-1, k * k * c) @ kernel.reshape(-1, self.features)
-            return y.reshape(b, h // k, w // k, self.features) + bias
-        pad = ((self.padding, self.padding),) * 2
-        y = jax.lax.conv_general_dilated(x, kernel, (s, s), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y + bias
+        if k == s and self.padding == 0:
+            y = _patchwise(x, kernel)
+        else:
+            pad = self.padding if self.padding == "SAME" else ((self.padding, self.padding),) * 2
+            y = jax.lax.conv_general_dilated(x, kernel, s, pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y if bias is None else y + bias
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _patchwise(x, kernel):
+    """A convolution whose patches do not overlap: one matrix product, several times faster on a CPU."""
+    b, h, w, c = x.shape
+    kh, kw, _, features = kernel.shape
+    rows, cols = h // kh, w // kw
+    x = x[:, : rows * kh, : cols * kw].reshape(b, rows, kh, cols, kw, c).transpose(0, 1, 3, 2, 4, 5)
+    return (x.reshape(-1, kh * kw * c) @ kernel.reshape(-1, features)).reshape(b, rows, cols, features)
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution, stride 1, zero padding that keeps the size; `kernel` is `(k, k, 1, C)`."""
+    """Depthwise convolution; `kernel` is `(kh, kw, 1, C)`.
 
-    kernel_size: int
+    Attributes:
+        kernel_size, strides: side lengths in pixels, one number or (rows, columns).
+        padding: None for `kernel_size // 2` zeros on every side, which keeps the size of an odd kernel; else as
+            `kernels.depthwise_conv2d` takes it.
+        use_bias: whether there is one.
+        kernel_init, bias_init: initial values; None for the bias takes torch's.
+    """
+
+    kernel_size: int | tuple[int, int]
+    strides: int | tuple[int, int] = 1
+    padding: int | str | tuple[tuple[int, int], tuple[int, int]] | None = None
+    use_bias: bool = True
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = torch_conv_init
+    bias_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+        (kh, kw), c = _pair(self.kernel_size), x.shape[-1]
+        kernel = self.param("kernel", self.kernel_init, (kh, kw, 1, c), self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init or torch_bias_init(kh * kw), (c,), self.param_dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        padding = ((kh // 2, kh // 2), (kw // 2, kw // 2)) if self.padding is None else self.padding
+        return depthwise_conv2d(x, kernel, bias, strides=self.strides, padding=padding)
+
+
+class BatchNorm(nn.BatchNorm):
+    """Batch normalisation over all axes but the last; in training the batch is that of all devices.
+
+    The running average keeps `momentum` of the old value: torch's momentum of 0.1 is 0.9 here. Of the variance
+    it takes the biased estimate, as TensorFlow does.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    # flax's default, E[x^2] - E[x]^2, cancels where the mean is large.
+    use_fast_variance: bool = False
+
+    def __call__(self, x: Float[Array, "*batch C"], train: bool) -> Float[Array, "*batch C"]:
+        return super().__call__(x, use_running_average=not train)
+
+
+class SqueezeExcite(nn.Module):
+    """Scales every channel by a gate that is computed from the means of all channels.
+
+    Source: Hu et al., arXiv:1709.01507, section 3; with the SiLU that EfficientNet has between the two layers.
+    """
+
+    hidden: int
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = normal02_init
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        k, c = self.kernel_size, x.shape[-1]
-        kernel = self.param("kernel", torch_conv_init, (k, k, 1, c), self.param_dtype)
-        bias = self.param("bias", torch_bias_init(k * k), (c,), self.param_dtype)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return depthwise_conv2d(x, kernel, bias, padding=k // 2)
+        like = dict(dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
+        squeezed = mean_of_tokens(x)
+        gate = Linear(x.shape[-1], name="fc2", **like)(jax.nn.silu(Linear(self.hidden, name="fc1", **like)(squeezed)))
+        return x * jax.nn.sigmoid(gate)[:, None, None, :]
 
 
 class Mlp(nn.Module):
@@ -178,3 +246,8 @@ def pad_to_multiple(x: Float[Array, "B H W C"], multiple: int) -> Float[Array, "
     if h % multiple == 0 and w % multiple == 0:
         return x
     return jnp.pad(x, ((0, 0), (0, -h % multiple), (0, -w % multiple), (0, 0)))
+
+
+def mean_of_tokens(x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
+    """Mean over height and width, summed in float32 (float64 for float64)."""
+    return x.mean(axis=(1, 2), dtype=accumulator_dtype(x.dtype)).astype(x.dtype)

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -97,13 +97,15 @@ class Names:
 class Loader:
     """Makes leaves one by one; `check` then raises one error for all that went wrong.
 
+    `dropped` are leaves of the whole model that this one, without its head, leaves out.
+
     Attributes:
         casts, replaced, adapted, resized, absent: as in `zoo.report.LoadReport`.
     """
 
-    def __init__(self, names: Names, *, replace_classifier: bool, resize: str):
+    def __init__(self, names: Names, *, replace_classifier: bool, resize: str, dropped: Collection[str] = ()):
         self._names, self._key_map = names, names.key_map
-        self._replace_classifier, self._method = replace_classifier, resize
+        self._replace_classifier, self._method, self._dropped = replace_classifier, resize, dropped
         self._problems: dict[str, list[str]] = {
             kind: [] for kind in ("missing", "unexpected", "misshapen", "mistyped", "not finite")
         }
@@ -174,6 +176,9 @@ class Loader:
             if name in self._expected:
                 continue
             entry = self._names.entries.get(name)
+            if entry is not None and entry.path in self._dropped:
+                ignored.setdefault("features_only drops the head", []).append(self._names.full(name))
+                continue
             if entry is not None and self._key_map.is_classifier(entry.path):
                 reason = "the classifier is replaced" if self._replace_classifier else "num_classes=0 drops them"
                 ignored.setdefault(reason, []).append(self._names.full(name))

@@ -14,6 +14,7 @@ import numpy as np
 
 from zoo import hub, registry
 from zoo.errors import WeightsError
+from zoo.image_model import ImageModel
 from zoo.keymap import Entry, KeyMap, flatten, identity_map, unflatten
 from zoo.matching import Loader, Names
 from zoo.readers import Source, open_source
@@ -32,7 +33,7 @@ def load_pretrained(
     *,
     num_classes: int | None = None,
     in_chans: int | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     resize: str = "bilinear",
     naming: str | None = None,
     weights: str | None = None,
@@ -47,13 +48,15 @@ def load_pretrained(
     Args:
         name: a model name, or a full tag such as `"davit_tiny.msft_in1k"`.
         source: a `.safetensors`, `.npz` or torch file (never executed), a checkpoint directory of the train
-            loop, or a mapping of arrays of any framework. None fetches the weights of a full tag.
+            loop, a TensorFlow checkpoint (prefix or directory; no TensorFlow needed), or a mapping of arrays of any
+            framework. None fetches the weights of a full tag.
         num_classes: None takes the source's number, 0 leaves the classifier out, another number than the
             source's makes a fresh classifier.
         in_chans: None takes the source's number; another one adapts a three-channel input convolution as timm
             does: summed for one channel, else repeated and scaled by `3 / in_chans`.
-        image_size: side of the input in pixels, for models whose weights depend on it.
-        resize: how such weights are resized: `"bilinear"`, `"bicubic"` or `"geometric"`.
+        image_size: side, or (height, width), of the images in pixels; weights that depend on it are resized.
+        resize: how such weights are resized: `"bilinear"` (half-pixel centres, no antialiasing, as TensorFlow's
+            graphs do), `"bicubic"` or `"geometric"` (steps that grow geometrically from the centre, as timm's).
         naming: the source's names, a key of the family's `key_maps` or `"zoo"` for the variables' own paths;
             None detects them.
         weights: `"ema"` or `"raw"` where the source holds both; None takes the moving average.
@@ -99,7 +102,10 @@ def load_pretrained(
         leaves = _abstract_leaves(model)
         names = Names(_key_map(family, model, naming, (*leaves, *opened.arrays)), opened, weights)
 
-    loader = Loader(names, replace_classifier=num_classes not in (None, 0, classes), resize=resize)
+    headless = getattr(model, "features_only", False)
+    dropped = frozenset(_abstract_leaves(model.clone(features_only=False)) if headless else ()) - leaves.keys()
+    replace = num_classes not in (None, 0, classes) and not headless
+    loader = Loader(names, replace_classifier=replace, resize=resize, dropped=dropped)
     variables = {path: loader.leaf(path, leaf) for path, leaf in leaves.items()}
     ignored = loader.check(
         f"{opened.path or 'the mapping'} does not fit {model_name} (read with the names of {naming!r})"
@@ -214,8 +220,8 @@ def _check_variables(values: Mapping[str, Any], leaves: Mapping[str, jax.ShapeDt
 
 def example_input(model: nn.Module) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an input that `model.init` takes."""
-    side = getattr(model, "image_size", None) or 224
-    return jax.ShapeDtypeStruct((1, side, side, model.in_chans), jnp.float32)
+    size = model.input_size() if isinstance(model, ImageModel) else (model.image_size, model.image_size)
+    return jax.ShapeDtypeStruct((1, *size, model.in_chans), jnp.float32)
 
 
 def _abstract_leaves(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 
+from zoo.image_model import ImageModel
 from zoo.keymap import KeyMap
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -27,6 +28,7 @@ class PretrainedCfg:
         num_classes: width of the classifier in the file; 0 when the file holds none.
         mean, std: per channel, for inputs scaled to [0, 1].
         crop_pct: share of the resized image's side that the centre crop keeps.
+        crop_mode: how the image is made to fit, see `zoo.preprocess.eval_transform`.
         interpolation: `"bicubic"` or `"bilinear"`, PIL's filter for the resize.
         naming: the key map of the family that reads the file.
         hub_id: repository on the Hugging Face hub, None where there is none.
@@ -49,6 +51,7 @@ class PretrainedCfg:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     crop_pct: float = 0.95
+    crop_mode: str = "center"
     interpolation: str = "bicubic"
     sha256: str | None = None
     availability: Literal["published", "never released", "link dead"] = "published"
@@ -175,11 +178,12 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     Args:
         name: a name of `list_models()`, with or without a weight tag. A tag sets `num_classes` and
             `in_chans` to those of its weights; nothing is loaded (see `load_pretrained`).
-        **overrides: fields of the family's module, such as `num_classes`, `in_chans`, `drop_path_rate`,
-            `dtype`, `param_dtype`, `implementation`, `remat`.
+        **overrides: fields of the family's module, such as `num_classes`, `in_chans`, `image_size`,
+            `features_only`, `drop_path_rate`, `dtype`, `param_dtype`, `implementation`, `remat`.
 
     Raises:
-        ValueError: for an unknown model or weight tag, with the nearest names.
+        ValueError: for an unknown model or weight tag, with the nearest names; for an `image_size` that the model
+            cannot take, with the nearest that it can.
         TypeError: for an unknown override, with the nearest field.
     """
     model, tag = split_tag(name)
@@ -192,4 +196,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     if tag is not None:
         cfg = family.pretrained[tag]
         fields.update(num_classes=cfg.num_classes, in_chans=cfg.in_chans)
-    return family.module(**{**fields, **overrides})
+    model = family.module(**{**fields, **overrides})
+    if isinstance(model, ImageModel):
+        model.check_image_size(*model.input_size())
+    return model

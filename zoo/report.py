@@ -49,7 +49,7 @@ class LoadReport:
     statistics: int
     num_classes: int | None
     in_chans: int | None
-    image_size: int | None
+    image_size: int | tuple[int, int] | None
     casts: Mapping[str, str]
     replaced: tuple[str, ...]
     adapted: Mapping[str, str]

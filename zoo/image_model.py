@@ -1,0 +1,119 @@
+"""What all image models share: their fields, their shape from stem to head, the image sizes that they take."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from zoo.layers import Dtype, Remat
+
+
+class ImageModel(nn.Module):
+    """A stem, stages of blocks with downsamplings between them, a head.
+
+    A family's `setup` makes `stem`, `stages` (a list of lists of blocks), `downsamples` (one before each stage but
+    the first; none where blocks downsample themselves), all called as `f(x, train)`, and, unless `features_only`,
+    the head. It gives `feature_info` and `forward_head`, and `size_multiple` and `least_size` where sizes are
+    limited.
+
+    Attributes:
+        num_classes: width of the classifier; 0 leaves it out, and the model returns the pooled features.
+        in_chans: channels of the input.
+        image_size: side, or (height, width), of the images that the model is made for; None: any that it takes.
+        features_only: no head; the model returns every stage's output.
+        drop_path_rate: stochastic depth of the last block.
+        remat: what the backward pass recomputes, see `zoo.layers.rematerialize`.
+        implementation: of the attention primitives, see `kernels.dispatch`.
+        dtype: of the computation, None for that of the images and parameters; param_dtype: of the parameters.
+    """
+
+    num_classes: int = 1000
+    in_chans: int = 3
+    image_size: int | tuple[int, int] | None = None
+    features_only: bool = False
+    drop_path_rate: float = 0.0
+    remat: Remat = "none"
+    implementation: str | tuple[str, ...] | None = None
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @property
+    def feature_info(self) -> tuple[tuple[int, int], ...]:
+        """Channels and total stride of every stage's output."""
+        raise NotImplementedError
+
+    @property
+    def size_multiple(self) -> tuple[int, int]:
+        """What the images' heights and widths must be multiples of."""
+        return 1, 1
+
+    @property
+    def least_size(self) -> tuple[int, int]:
+        """The smallest height and width that the model takes."""
+        return self.size_multiple
+
+    def input_size(self, default: int = 224) -> tuple[int, int]:
+        """Height and width that the model is made for, else the nearest to a square of side `default`."""
+        if self.image_size is None:
+            return self.nearest_size(default, default)
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """The nearest height and width that the model takes; of two equally near ones the smaller."""
+
+        def nearest(side: int, multiple: int, least: int) -> int:
+            down = side // multiple * multiple
+            return max(down if side - down <= multiple / 2 else down + multiple, -(-least // multiple) * multiple)
+
+        return tuple(map(nearest, (height, width), self.size_multiple, self.least_size))
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raises `ValueError` for a size that the model cannot take; the message names the nearest that it can."""
+        nearest = self.nearest_size(height, width)
+        if nearest != (height, width):
+            (rows, columns), least = self.size_multiple, self.least_size
+            wanted = f"heights of at least {least[0]} and widths of at least {least[1]} pixels"
+            if (rows, columns) != (1, 1):
+                wanted = f"heights that are multiples of {rows} and widths that are multiples of {columns} pixels"
+            raise ValueError(
+                f"{type(self).__name__} as configured takes {wanted}; got {height}x{width}, the nearest that fits is "
+                f"{nearest[0]}x{nearest[1]}"
+            )
+
+    def forward_intermediates(
+        self, images: Float[Array, "B H W C"], train: bool = False
+    ) -> list[Float[Array, "B h w D"]]:
+        """The stem's output, then every stage's, each `(B, h, w, channels)`."""
+        if images.ndim != 4 or images.shape[-1] != self.in_chans:
+            raise ValueError(f"images must be (batch, height, width, {self.in_chans}), got {images.shape}")
+        self.check_image_size(*images.shape[1:3])
+        x = self.stem(images, train)
+        features = [x]
+        for i, blocks in enumerate(self.stages):
+            if i and self.downsamples:
+                x = self.downsamples[i - 1](x, train)
+            for block in blocks:
+                x = block(x, train)
+            features.append(x)
+        return features
+
+    def forward_features(self, images: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B h w D"]:
+        """The last stage's output, `(B, h, w, channels)`."""
+        return self.forward_intermediates(images, train)[-1]
+
+    def forward_head(self, features: Float[Array, "B h w D"], train: bool = False, pre_logits: bool = False) -> Any:
+        """From the last stage's output to the logits, `(B, num_classes)`.
+
+        Args:
+            features: the output of `forward_features`.
+            train: whether the model is in training.
+            pre_logits: stop before the classifier and return its input, as with `num_classes=0`.
+        """
+        raise NotImplementedError
+
+    def __call__(self, images: Float[Array, "B H W C"], train: bool = False) -> Any:
+        """Logits `(B, num_classes)`; with `features_only` a tuple of the stages' outputs."""
+        if self.features_only:
+            return tuple(self.forward_intermediates(images, train)[1:])
+        return self.forward_head(self.forward_features(images, train), train)
