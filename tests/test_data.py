@@ -110,6 +110,23 @@ def test_augmentation_is_keyed_by_seed_example_and_epoch():
     assert not set(drawn(1, 6, 0).values()) & set(reference.values())
 
 
+def test_repeated_augmentation():
+    """Each epoch is as long as ever and takes a third of the examples, three times in a row, each time another."""
+    size, options = 30, dict(seed=2, transform=data_transforms.draws)
+    batches = [global_batches(array_dataset(size), 12, processes=1, batch_size=5, repeats=r, **options) for r in (1, 3)]
+    once, thrice = ({name: np.concatenate([b[name] for b in found]) for name in found[0]} for found in batches)
+    for epoch in (0, 1):
+        rows = slice(epoch * size, (epoch + 1) * size)
+        np.testing.assert_array_equal(thrice["index"][rows], np.repeat(once["index"][rows][: size // 3], 3))
+    # The first of the three is augmented as without repeats.
+    for epoch in (0, 1):
+        first = once["draw"][epoch * size : epoch * size + size // 3]
+        np.testing.assert_array_equal(thrice["draw"][epoch * size : (epoch + 1) * size : 3], first)
+    assert len(set(thrice["draw"].tolist())) == 2 * size
+    resumed = global_batches(array_dataset(size), 6, processes=5, start=30, batch_size=5, repeats=3, **options)
+    assert_same(resumed, batches[1][6:])
+
+
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("processes, resumed_with", [(1, 8), (2, 4), (4, 1), (8, 2)])
 def test_order_with_threads_for_any_number_of_processes(processes, resumed_with, prefetch):
@@ -295,8 +312,9 @@ def _alive(pid):
         ({"process_index": 2, "process_count": 2}, "process_index=2 is not one of the process_count=2"),
         ({"workers": -1}, "workers=-1"),
         ({"workers": 1, "prefetch": 0}, "prefetch=0"),
-        ({"seed": -1}, "seed=-1 is negative"),
-        ({"start": -4}, "start=-4 is negative"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"repeats": 0}, "repeats=0 must be at least 1"),
+        ({"start": -4}, "start=-4 must be at least 0"),
         ({"channels": 2}, "channels=2"),
     ],
 )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import zoo
 from tests import runs
 from train import config as config_lib
 from train import loop
@@ -236,3 +237,39 @@ def test_a_profile(tmp_path):
     result = train(tmp_path, profile__first_step=2, profile__steps=2, total_steps=4, **nothing)
     assert set(result) == {"step", "seconds"}
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_starts_from_the_weights_of_another(straight, tmp_path, capsys):
+    """At a learning rate of zero it ends where the other one did, whose averages it took."""
+    result = train(tmp_path, model__weights=straight[0], optim__lr=0.0, total_steps=3)
+    for name, value in straight[1].items():
+        if name.startswith("test"):
+            assert result[name] == pytest.approx(value, rel=1e-6), name
+    assert re.search(r"davit_nano from .*straight.*\n(.*\n)*.*weights +ema", capsys.readouterr().err)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The weights of a `davit_nano` for the digits."""
+    path = tmp_path_factory.mktemp("teacher") / "davit_nano.safetensors"
+    model = zoo.create_model("davit_nano", in_chans=1)
+    zoo.save_pretrained(model, jax.jit(model.init)(jax.random.key(1), np.zeros((1, 8, 8, 1), np.float32)), path)
+    return path
+
+
+def test_a_run_learns_from_a_teacher(teacher, tmp_path):
+    """From the command line's words to a loss that depends on the teacher."""
+    words = dict(distill__teacher="davit_nano", distill__weights=teacher, total_steps=2, optim__warmup_steps=1)
+    losses = {}
+    for alpha in (0.0, 1.0):
+        train(tmp_path / str(alpha), distill__alpha=alpha, log_every=1, **words)
+        losses[alpha] = [line["train/loss"] for line in runs.lines(tmp_path / str(alpha)) if "train/loss" in line]
+    assert losses[0.0][0] == pytest.approx(np.log(10), rel=0.05)
+    assert max(abs(a - b) for a, b in zip(losses[0.0], losses[1.0])) > 1e-3
+
+
+def test_a_teacher_of_other_channels(teacher, tmp_path):
+    words = dict(distill__teacher="davit_nano", distill__weights=teacher)
+    words |= dict(data__mean="0.5,0.5,0.5", data__std="0.5,0.5,0.5")
+    with pytest.raises(ValueError, match="config.distill.teacher davit_nano has in_chans 1, the model has 3"):
+        prepare(tmp_path, **words)

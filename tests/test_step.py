@@ -36,7 +36,7 @@ def batch(seed: int = 0, size: int = 16) -> dict:
 
 
 def make(task=TASK, model=MODEL, **options):
-    return step.make_train_step(model, task, optax.sgd(RATE), lambda count: RATE, **options)
+    return functools.partial(step.make_train_step(model, optax.sgd(RATE), lambda count: RATE, **options), task=task)
 
 
 def test_sgd_against_a_loop_by_hand():
@@ -131,7 +131,7 @@ def test_any_mesh_computes_the_same(digits):
             built = program.build(config, digits)
         state, key = built.init(), jax.jit(lambda: jax.random.key(0), out_shardings=built.replicated)()
         for seed in range(3):
-            state, metrics = built.train_step(state, sharding.place_batch(batch(seed), built.rows), key)
+            state, metrics = built.train_step(state, sharding.place_batch(batch(seed), built.rows), key, built.task)
         return jax.tree.map(np.asarray, (state.params, state.ema, metrics))
 
     every = jax.devices()

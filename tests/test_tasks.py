@@ -54,6 +54,75 @@ def test_loss_with_smoothing(smoothing):
     assert float(metrics["accuracy"]) == (logits.argmax(-1) == labels).mean(dtype=np.float32)
 
 
+class TwoTables(nn.Module):
+    """Two heads in training, their mean otherwise, as CARE has them."""
+
+    classes: int
+
+    def __call__(self, images, train: bool = False):
+        logits = images[:, 0, : 2 * self.classes, 0]
+        heads = logits[:, : self.classes], logits[:, self.classes :]
+        return heads if train else (heads[0] + heads[1]) / 2
+
+
+def cross_entropy(logits, labels):
+    return -log_softmax(logits)[np.arange(len(labels)), labels].mean()
+
+
+def test_two_heads_share_the_loss():
+    levels, logits = random_levels(5, 8)
+    labels = np.arange(5) % 4
+    prepared = task(4).prepare(batch_of(levels, labels), jax.random.key(0))
+    loss, (metrics, _) = task(4).loss(TwoTables(4), {}, prepared, jax.random.key(0))
+    expected = (cross_entropy(logits[:, :4], labels) + cross_entropy(logits[:, 4:], labels)) / 2
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    mean = (logits[:, :4] + logits[:, 4:]) / 2
+    assert float(metrics["accuracy"]) == (mean.argmax(-1) == labels).mean(dtype=np.float32)
+
+
+class Teacher(nn.Module):
+    """Logits are a matrix times the first pixels."""
+
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+        return images[:, 0, :8, 0] @ self.param("matrix", nn.initializers.normal(), (8, 4))
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_a_teacher(kind):
+    """The teacher sees the same mixed images on its own scale, and its variables are an argument of the step."""
+    levels, logits = random_levels(5, 8)
+    labels = np.arange(5) % 4
+    matrix = np.random.default_rng(1).normal(size=(8, 4))
+    distill = tasks.Distill(
+        *(4, (128 / 255,), (50 / 255,)),
+        teacher=Teacher(),
+        teacher_variables={"params": {"matrix": jnp.asarray(matrix, jnp.float32)}},
+        teacher_mean=(0.25,),
+        teacher_std=(2.0,),
+        kind=kind,
+        alpha=0.3,
+        temperature=2.0,
+    )
+    assert [leaf.shape for leaf in jax.tree.leaves(distill)] == [(8, 4)]
+
+    @jax.jit
+    def loss(distill, batch):
+        prepared = distill.prepare(batch, jax.random.key(0))
+        return distill.loss(TwoTables(4), {}, prepared, jax.random.key(0))[0]
+
+    teacher = ((levels / 255 - 0.25) / 2) @ matrix
+    if kind == "hard":
+        asked = cross_entropy(logits[:, 4:], teacher.argmax(-1))
+    else:
+        wanted, found = log_softmax(teacher / 2), log_softmax(logits[:, 4:] / 2)
+        asked = 4 * (np.exp(wanted) * (wanted - found)).sum(-1).mean()
+    expected = 0.7 * cross_entropy(logits[:, :4], labels) + 0.3 * asked
+    assert float(loss(distill, batch_of(levels, labels))) == pytest.approx(expected, rel=1e-5)
+    constants = jax.make_jaxpr(loss)(distill, batch_of(levels, labels)).consts
+    assert all(np.shape(constant) != (8, 4) for constant in constants)
+
+
 def test_mixed_targets_are_of_two_labels():
     levels, logits = random_levels(4, 6)
     classify = task(6, mixup=1.0)

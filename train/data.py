@@ -112,12 +112,13 @@ class _View:
 class _TrainView(_View):
     seed: int
     start: int
+    repeats: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("seed", "start"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative")
+        for name, least in (("seed", 0), ("start", 0), ("repeats", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -125,8 +126,10 @@ class _TrainView(_View):
     def __getitem__(self, step: int) -> Batch:
         records = []
         for row in self.rows(step):
-            index, epoch = shuffled(self.start + row, size=len(self.dataset), seed=self.seed)
-            sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch, index))
+            epoch, place = divmod(self.start + row, len(self.dataset))
+            place, copy = divmod(place, self.repeats)
+            index, _ = shuffled(epoch * len(self.dataset) + place, size=len(self.dataset), seed=self.seed)
+            sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch, index, copy) if copy else (epoch, index))
             record = self.record(index, np.random.Generator(np.random.PCG64(sequence)))
             record["index"] = np.int32(index)
             records.append(record)
@@ -244,11 +247,12 @@ def train_iterator(
     workers: int = 0,
     prefetch: int = 2,
     channels: int | None = None,
+    repeats: int = 1,
 ) -> TrainBatches:
     """Endless shuffled batches; global batch k holds the examples start + k * batch_size and on, in order.
 
-    What a batch holds depends on `dataset`, `batch_size`, `seed`, `transform` and `start` alone: `shuffled` gives
-    the order, and the randomness of an example is keyed by (seed, index, epoch).
+    What a batch holds depends on `dataset`, `batch_size`, `seed`, `transform`, `repeats` and `start` alone:
+    `shuffled` gives the order, and the randomness of an example is keyed by (seed, index, epoch, repetition).
 
     Args:
         dataset: from `open_source`.
@@ -263,6 +267,9 @@ def train_iterator(
         workers: number of worker processes; 0 makes the batches in threads of this process.
         prefetch: batches made ahead, by as many threads; with workers, batches made ahead by each worker.
         channels: 1 or 3; None means the data set's own.
+        repeats: how many times in a row each example comes, each time augmented differently; an epoch keeps its
+            length and so visits one in `repeats` of the examples (repeated augmentation, Hoffer et al.,
+            arXiv:1901.09335).
 
     Returns:
         Iterator over dicts of arrays (batch_size / process_count, ...): what the transform returned, "label" int32
@@ -280,6 +287,7 @@ def train_iterator(
         process_count,
         seed,
         start,
+        repeats,
     )
     return TrainBatches(view, workers=workers, prefetch=prefetch)
 

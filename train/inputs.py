@@ -26,9 +26,12 @@ def train_transform(config: ml_collections.ConfigDict, dataset: Dataset) -> augm
 
 
 def eval_transform(config: ml_collections.ConfigDict, dataset: Dataset) -> preprocess.EvalTransform:
-    """The preprocessing of evaluation: resize and centre crop."""
+    """The preprocessing of evaluation: resize and crop."""
+    data = config.data
     size = program.image_size(config, dataset)
-    return preprocess.eval_transform(size, config.data.crop_pct, config.data.interpolation, mean=config.data.mean)
+    return preprocess.eval_transform(
+        size, data.crop_pct, data.interpolation, crop_mode=data.crop_mode, mean=data.mean
+    )
 
 
 def eval_splits(config: ml_collections.ConfigDict) -> dict[str, str]:

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from train import checkpoint, data, flops, metrics, progress, sources
+from train import checkpoint, data, flops, metrics, progress, sources, start
 from train import config as config_lib
 from train import program as program_lib
 from train.evaluate import evaluate
@@ -72,7 +72,7 @@ def prepare(config: ml_collections.FrozenConfigDict, workdir: str) -> Run:
         _write_config(workdir, config)
     if restored is None:
         with meter.phase("compile"):
-            state = program.init()
+            state = start.from_weights(program, program.init(), config)
     else:
         state = restored.state
         data.DataPosition(**restored.data).check(train_set)
@@ -118,6 +118,7 @@ def train(run: Run) -> dict[str, Any]:
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         channels=len(config.data.mean),
+        repeats=config.data.repeats,
     )
     key = jax.jit(functools.partial(jax.random.key, config.seed), out_shardings=program.replicated)()
     saved_config = config_lib.plain(config)
@@ -140,11 +141,11 @@ def train(run: Run) -> dict[str, Any]:
             if compiled is None:
                 bar.phase("compiling")
                 with meter.phase("compile"), jax.transfer_guard("allow"):
-                    compiled = program.train_step.lower(state, batch, key).compile()
+                    compiled = program.train_step.lower(state, batch, key, program.task).compile()
                     rates = _rates(run, batch)
                 bar.phase("training")
             with meter.phase("step"), _profile(run, step):
-                state, values = compiled(state, batch, key)
+                state, values = compiled(state, batch, key, program.task)
                 in_flight.append(values)
                 if len(in_flight) > STEPS_IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())

@@ -25,7 +25,7 @@ class Program:
         model, task, mesh: as the config asks for.
         abstract_state: shapes, dtypes and shardings of the train state.
         init: `() -> state`, jitted.
-        train_step: `(state, batch, key) -> (state, metrics)`, jitted; donates the state.
+        train_step: `(state, batch, key, task) -> (state, metrics)`, jitted; donates the state.
         eval_step: `(variables, batch) -> sums`, jitted.
         rows: sharding of batches.
         replicated: sharding of what every device holds whole.
@@ -78,7 +78,8 @@ def build(config: ml_collections.ConfigDict, dataset: Dataset) -> Program:
     mesh = sharding.make_mesh(dict(config.mesh))
     sharding.check_batch("config.data.batch_size", config.data.batch_size, mesh, config.accum_steps)
     model = build_model(config, dataset)
-    task = tasks.Classify.from_config(config, model.num_classes)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    task = jax.device_put(tasks.make(config, model, image_size(config, dataset)), replicated)
     family = registry.family_of(config.model.name)
     example = jnp.zeros((1, *image_size(config, dataset), len(config.data.mean)), jnp.dtype(config.dtype))
     params = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
@@ -88,9 +89,9 @@ def build(config: ml_collections.ConfigDict, dataset: Dataset) -> Program:
     precise = functools.partial(_with_precision, config.matmul_precision)
     abstract = jax.eval_shape(init)
     places = sharding.state_shardings(abstract, family.sharding_rules, mesh)
-    rows, replicated = sharding.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    rows = sharding.batch_sharding(mesh)
     train_step = step.make_train_step(
-        model, task, optimizer, schedule, accum_steps=config.accum_steps, ema_decay=config.ema
+        model, optimizer, schedule, accum_steps=config.accum_steps, ema_decay=config.ema
     )
     return Program(
         model=model,
@@ -102,7 +103,7 @@ def build(config: ml_collections.ConfigDict, dataset: Dataset) -> Program:
         init=jax.jit(precise(init), out_shardings=places),
         train_step=jax.jit(
             precise(train_step),
-            in_shardings=(places, rows, replicated),
+            in_shardings=(places, rows, replicated, replicated),
             out_shardings=(places, replicated),
             donate_argnums=0,
         ),

@@ -14,9 +14,12 @@ INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("classify",),
+    "model.resize": ("bilinear", "bicubic", "geometric"),
+    "data.crop_mode": ("center", "squash", "border"),
     "data.interpolation": INTERPOLATIONS,
     "augment.interpolation": (*INTERPOLATIONS, "random"),
     "augment.erase_mode": ("pixel", "rand", "const"),
+    "distill.kind": ("hard", "soft"),
     "optim.name": ("adamw", "lamb", "sgd"),
     "optim.schedule": ("cosine", "linear", "constant", "rsqrt"),
     "dtype": ("float32", "bfloat16", "float64"),
@@ -37,6 +40,8 @@ def default() -> ml_collections.ConfigDict:
             "model": {
                 "name": "",  # as in zoo.list_models()
                 "overrides": {},  # fields of the model that differ from its variant, e.g. drop_path_rate
+                "weights": placeholder(str),  # start from: a file, a checkpoint directory, a full tag; None: fresh
+                "resize": "bilinear",  # of weights made for another image size
             },
             "task": "classify",  # what is learned: loss and metrics
             "data": {
@@ -45,6 +50,7 @@ def default() -> ml_collections.ConfigDict:
                 "eval_split": placeholder(str),  # its metrics are called test_*; None: none
                 "extra_eval": {},  # name -> split, evaluated too and printed beside eval_split; "" leaves one out
                 "path": placeholder(str),  # where the data lies, for sources that are not built in
+                "repeats": 1,  # times in a row that an epoch takes an example, each augmented differently
                 "batch_size": 128,  # examples per optimizer step, over all processes and accumulation steps
                 "eval_batch_size": placeholder(int),  # None: data.batch_size
                 "image_size": placeholder(int),  # side that the model sees; None: the size of the data
@@ -53,6 +59,7 @@ def default() -> ml_collections.ConfigDict:
                 "mean": (0.485, 0.456, 0.406),  # per channel, of values in [0, 1]
                 "std": (0.229, 0.224, 0.225),
                 "crop_pct": 1.0,  # evaluation: share of the resized image's side that the centre crop keeps
+                "crop_mode": "center",  # evaluation: see zoo.preprocess.eval_transform
                 "interpolation": "bicubic",  # evaluation: filter of the resize
             },
             "augment": {
@@ -75,6 +82,13 @@ def default() -> ml_collections.ConfigDict:
             },
             "loss": {
                 "label_smoothing": 0.0,
+            },
+            "distill": {  # learn from a trained model too, see train.distill
+                "teacher": "",  # model or full tag; "": none. A tag's mean and std apply, else those of the data
+                "weights": placeholder(str),  # of the teacher: a file or a checkpoint directory; None: the tag's
+                "kind": "hard",  # the teacher's first choice as label; or "soft", its probabilities
+                "alpha": 0.5,  # share of the teacher in the loss
+                "temperature": 1.0,  # "soft": divides the logits
             },
             "optim": {
                 "name": "adamw",
@@ -125,7 +139,7 @@ def default() -> ml_collections.ConfigDict:
 _RANGES = (
     (("data.batch_size", "data.eval_batch_size", "data.image_size"), "at least 1", lambda v: v >= 1),
     (
-        ("accum_steps", "log_every", "checkpoint.every_steps", "checkpoint.keep"),
+        ("data.repeats", "accum_steps", "log_every", "checkpoint.every_steps", "checkpoint.keep"),
         "at least 1",
         lambda v: v >= 1,
     ),
@@ -137,6 +151,8 @@ _RANGES = (
     (("augment.pad_crop", "augment.color_jitter"), "at least 0", lambda v: v >= 0),
     (("augment.mixup", "augment.cutmix"), "at least 0", lambda v: v >= 0),
     (("augment.rotate",), "in [0, 180]", lambda v: 0 <= v <= 180),
+    (("distill.alpha",), "in [0, 1]", lambda v: 0 <= v <= 1),
+    (("distill.temperature",), "above 0", lambda v: v > 0),
     (("optim.clip_norm",), "above 0, or None for no clipping", lambda v: v > 0),
     (("optim.eps",), "above 0", lambda v: v > 0),
     (("optim.b1", "optim.b2", "optim.momentum", "ema"), "in [0, 1)", lambda v: 0 <= v < 1),
@@ -184,6 +200,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         for name in ("dtype", "param_dtype", "remat")
         if name in config.model.overrides
     ]
+    if config.distill.weights and not config.distill.teacher:
+        problems.append(f"distill.weights {config.distill.weights!r} needs distill.teacher, the model it is of")
     data, augment, optim = config.data, config.augment, config.optim
     if config.accum_steps >= 1 and data.batch_size % config.accum_steps:
         problems.append(f"accum_steps {config.accum_steps} must divide data.batch_size {data.batch_size}")

@@ -67,35 +67,34 @@ def init_state(model: nn.Module, optimizer: optax.GradientTransformation, exampl
 
 def make_train_step(
     model: nn.Module,
-    task: Task,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
     accum_steps: int = 1,
     ema_decay: float = 0.0,
-) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, dict[str, Array]]]:
-    """The function `(state, batch, key) -> (state, metrics)`.
+) -> Callable[[TrainState, Batch, Key[Array, ""], Task], tuple[TrainState, dict[str, Array]]]:
+    """The function `(state, batch, key, task) -> (state, metrics)`.
 
     All randomness of a step derives from `key` and the step's number, so that a resumed run draws the same.
     With `accum_steps` the batch is cut into that many parts whose gradients are averaged; what the model keeps
     besides its parameters (batch statistics) is carried from part to part.
     """
 
-    def gradients(params, model_state, batch, key):
+    def gradients(task, params, model_state, batch, key):
         def loss(params):
             return task.loss(model, {"params": params, **model_state}, batch, key)
 
         (_, (metrics, model_state)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, metrics, model_state
 
-    def accumulated(params, model_state, batch, key):
+    def accumulated(task, params, model_state, batch, key):
         # Every part takes each k-th example, so that all devices stay busy and no example moves.
         parts = jax.tree.map(lambda x: x.reshape(-1, accum_steps, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(carry, part):
             total, model_state = carry
             index, rows = part
-            grads, metrics, model_state = gradients(params, model_state, rows, jax.random.fold_in(key, index))
+            grads, metrics, model_state = gradients(task, params, model_state, rows, jax.random.fold_in(key, index))
             return (jax.tree.map(jnp.add, total, grads), model_state), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -103,11 +102,11 @@ def make_train_step(
         mean = jax.tree.map(lambda g: g / accum_steps, total)
         return mean, jax.tree.map(lambda m: m.mean(0), metrics), model_state
 
-    def train_step(state: TrainState, batch: Batch, key: Key[Array, ""]):
+    def train_step(state: TrainState, batch: Batch, key: Key[Array, ""], task: Task):
         prepare_key, model_key = jax.random.split(jax.random.fold_in(key, state.step))
         batch = task.prepare(batch, prepare_key)
         compute = gradients if accum_steps == 1 else accumulated
-        grads, metrics, model_state = compute(state.params, state.model_state, batch, model_key)
+        grads, metrics, model_state = compute(task, state.params, state.model_state, batch, model_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = gradient_norm(grads)

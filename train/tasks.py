@@ -1,23 +1,32 @@
 """What a batch means: its loss and its metrics. The loop and the step know nothing of images or text."""
 
 import dataclasses
+import functools
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
+import zoo
+from train.distill import distillation_loss
 from train.mixing import mixup_cutmix, normalize, one_hot_smooth, random_erase
+from zoo import registry
 
 Variables = Any
 Batch = dict[str, Array]
+Logits = Float[Array, "B K"] | tuple[Float[Array, "B K"], ...]
 
 
 @runtime_checkable
 class Task(Protocol):
-    """A kind of training: what it makes of a batch, what it minimises, what it counts."""
+    """A kind of training: what it makes of a batch, what it minimises, what it counts.
+
+    A task is a pytree, an argument of the compiled step, so that arrays which it holds are no constants there.
+    """
 
     def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
         """The batch as the model sees it (augmentation that runs on the device)."""
@@ -29,9 +38,12 @@ class Task(Protocol):
         """Sums over the unmasked examples of a batch; `count` among them."""
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Classify:
     """Image classification by softmax cross-entropy, with soft targets where mixing or smoothing is on.
+
+    A model of several heads returns the logits of each in training; the loss is then the mean over the heads.
 
     Attributes:
         num_classes: classes.
@@ -88,13 +100,19 @@ class Classify:
         return {"image": images.astype(self.dtype), "target": targets, "label": batch["label"]}
 
     def loss(self, model: nn.Module, variables: Variables, batch: Batch, key: Key[Array, ""]):
-        logits, state = model.apply(
+        heads, state = model.apply(
             variables, batch["image"], train=True, rngs={"dropout": key}, mutable=["batch_stats"]
         )
-        logits = logits.astype(jnp.float32)
-        loss = optax.softmax_cross_entropy(logits, batch["target"]).mean()
+        heads = jax.tree.map(lambda logits: logits.astype(jnp.float32), heads)
+        loss = self.objective(heads, batch)
+        logits = sum(heads) / len(heads) if isinstance(heads, tuple) else heads
         accuracy = (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32)
         return loss, ({"loss": loss, "accuracy": accuracy}, state)
+
+    def objective(self, heads: Logits, batch: Batch) -> Float[Array, ""]:
+        """The mean loss over a batch, from the logits of the model's head or heads."""
+        losses = [optax.softmax_cross_entropy(logits, batch["target"]).mean() for logits in jax.tree.leaves(heads)]
+        return sum(losses) / len(losses)
 
     def evaluate(self, model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
         images = normalize(batch["image"], self.mean, self.std).astype(self.dtype)
@@ -110,3 +128,74 @@ class Classify:
             "accuracy": (mask & (logits.argmax(-1) == batch["label"])).sum(),
             "accuracy_top5": (mask & (rank < 5)).sum(),
         }
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["teacher_variables"],
+    meta_fields=[
+        *(field.name for field in dataclasses.fields(Classify)),
+        *("teacher", "teacher_mean", "teacher_std", "kind", "alpha", "temperature"),
+    ],
+)
+@dataclasses.dataclass(frozen=True)
+class Distill(Classify):
+    """Classification that also learns what a teacher says of the same images, mixed and erased as they are.
+
+    Attributes:
+        teacher: a model with the same classes and channels; its variables are `teacher_variables`.
+        teacher_mean, teacher_std: of the images that it wants.
+        kind, alpha, temperature: see `train.distill.distillation_loss`.
+    """
+
+    teacher: nn.Module | None = None
+    teacher_variables: Any = None
+    teacher_mean: tuple[float, ...] = ()
+    teacher_std: tuple[float, ...] = ()
+    kind: str = "hard"
+    alpha: float = 0.5
+    temperature: float = 1.0
+
+    def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
+        prepared = super().prepare(batch, key)
+        images = prepared["image"].astype(jnp.float32) * jnp.asarray(self.std) + jnp.asarray(self.mean)
+        images = (images - jnp.asarray(self.teacher_mean)) / jnp.asarray(self.teacher_std)
+        logits = self.teacher.apply(self.teacher_variables, images.astype(self.dtype))
+        return {**prepared, "teacher": logits.astype(jnp.float32)}
+
+    def objective(self, heads: Logits, batch: Batch) -> Float[Array, ""]:
+        how = dict(kind=self.kind, alpha=self.alpha, temperature=self.temperature)
+        return distillation_loss(heads, batch["target"], batch["teacher"], **how)
+
+
+def make(config: ml_collections.FrozenConfigDict, model: nn.Module, image_size: tuple[int, int]) -> Task:
+    """The task that a config describes, its teacher loaded.
+
+    Raises:
+        ValueError: for a teacher of other classes or channels than the model, or one that takes no such images.
+        WeightsError: if the teacher's weights do not fit.
+    """
+    task = Classify.from_config(config, model.num_classes)
+    settings = config.distill
+    if not settings.teacher:
+        return task
+    name, tag = registry.split_tag(settings.teacher)
+    teacher, variables, _ = zoo.load_pretrained(
+        settings.teacher, settings.weights, image_size=image_size, dtype=task.dtype
+    )
+    for field in ("num_classes", "in_chans"):
+        theirs, ours = getattr(teacher, field), getattr(model, field)
+        if theirs != ours:
+            raise ValueError(f"config.distill.teacher {name} has {field} {theirs}, the model has {ours}")
+    cfg = registry.pretrained_cfg(tag) if tag else config.data
+    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(Classify)}
+    return Distill(
+        **fields,
+        teacher=teacher,
+        teacher_variables=variables,
+        teacher_mean=tuple(cfg.mean),
+        teacher_std=tuple(cfg.std),
+        kind=settings.kind,
+        alpha=settings.alpha,
+        temperature=settings.temperature,
+    )

@@ -49,7 +49,7 @@ def load_pretrained(
         name: a model name, or a full tag such as `"davit_tiny.msft_in1k"`.
         source: a `.safetensors`, `.npz` or torch file (never executed), a checkpoint directory of the train
             loop, a TensorFlow checkpoint (prefix or directory; no TensorFlow needed), or a mapping of arrays of any
-            framework. None fetches the weights of a full tag.
+            framework. A full tag fetches its weights, None those of `name`.
         num_classes: None takes the source's number, 0 leaves the classifier out, another number than the
             source's makes a fresh classifier.
         in_chans: None takes the source's number; another one adapts a three-channel input convolution as timm
@@ -87,7 +87,11 @@ def load_pretrained(
     overrides |= {field: value for field, value in asked.items() if value is not None}
     model = registry.create_model(model_name, **overrides)
     cfg = registry.pretrained_cfg(tag) if tag else None
-    opened = _fetched(model_name, cfg, weights) if source is None else open_source(source, weights)
+    named = isinstance(source, str) and source in registry.list_models(pretrained=True)
+    if named:
+        cfg = registry.pretrained_cfg(source)
+    fetch = named or source is None
+    opened = _fetched(model_name, cfg, weights) if fetch else open_source(source, weights)
     digest = _check_digest(cfg, opened)
 
     leaves = _abstract_leaves(model)
