@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from zoo import orbax_dir, torch_files
+from zoo import orbax_dir, tf_checkpoint, torch_files
 from zoo.errors import WeightsError
 from zoo.keymap import flatten
 
@@ -58,12 +58,13 @@ class Source:
 
     Attributes:
         arrays: name -> array, read-only views where the format allows it.
-        path: the file or directory, None for a mapping.
-        format: `"safetensors"`, `"npz"`, `"torch"`, `"torch (legacy)"`, `"orbax"` or `"mapping"`.
+        path: the file, directory or prefix of a checkpoint's files, None for a mapping.
+        format: `"safetensors"`, `"npz"`, `"torch"`, `"torch (legacy)"`, `"orbax"`, `"tensorflow"` or
+            `"mapping"`.
         sha256: digest of the file, None where there is not one file.
         weights: `"ema"` or `"raw"` where the source distinguishes them, else None.
         unwrapped: what was taken off on the way to the arrays: an outer dict's key, a prefix of all names.
-        beside: what else the outer dict held (`"optimizer"`, `"epoch"`, ...).
+        beside: what else the outer dict held (`"optimizer"`, `"epoch"`, ...); a TensorFlow checkpoint's strings.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -84,8 +85,10 @@ def open_source(source: Any, weights: str | None = None) -> Source:
     """Opens a weight file, a checkpoint directory of the train loop, or a mapping of arrays.
 
     Args:
-        source: path of a `.safetensors`, `.npz` or torch file (zip or legacy), of an Orbax directory, or a
-            (nested) mapping of numpy, jax, torch or TensorFlow arrays.
+        source: path of a `.safetensors`, `.npz` or torch file (zip or legacy), of an Orbax directory, of a
+            TensorFlow checkpoint (its prefix such as `model.ckpt-100`, one of its files, or a directory whose file
+            `checkpoint` names it or that holds no other), or a (nested) mapping of numpy, jax, torch or TensorFlow
+            arrays.
         weights: `"ema"` for the moving average, `"raw"` for the weights as trained; None takes the average
             where there is one.
 
@@ -100,12 +103,15 @@ def open_source(source: Any, weights: str | None = None) -> Source:
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source must be a path or a mapping of arrays, got {type(source).__name__}")
     if (directory := orbax_dir.checkpoint_path(source)).is_dir():
-        return _open_directory(directory, weights)
+        prefix = tf_checkpoint.find_prefix_in(directory)
+        return _open_directory(directory, weights) if prefix is None else _open_tensorflow(prefix, weights)
     path = Path(source).expanduser()
     if "://" in str(source):
         raise WeightsError(f"{source}: only checkpoint directories are read from there; copy the file to a disk")
+    if (prefix := tf_checkpoint.find_prefix(path)) is not None:
+        return _open_tensorflow(prefix, weights)
     if not path.exists():
-        raise WeightsError(f"{path}: no such file")
+        raise WeightsError(f"{path}: no such file{tf_checkpoint.nearest_prefix(path)}")
     try:
         tree, format = _read_file(path)
     except WeightsError as error:
@@ -133,6 +139,12 @@ def _open_directory(path: epath.Path, weights: str | None) -> Source:
     return dataclasses.replace(found, unwrapped=(f"step {step}",), beside=())
 
 
+def _open_tensorflow(prefix: Path, weights: str | None) -> Source:
+    arrays, strings = tf_checkpoint.read_checkpoint(prefix)
+    found = _select(arrays, weights, path=str(prefix), format="tensorflow", sha256=None)
+    return dataclasses.replace(found, beside=strings)
+
+
 def _read_file(path: Path) -> tuple[Any, str]:
     size = path.stat().st_size
     if size == 0:
@@ -146,8 +158,8 @@ def _read_file(path: Path) -> tuple[Any, str]:
     if data[:1] == b"\x80":
         return torch_files.read_legacy(data), "torch (legacy)"
     raise WeightsError(
-        f"not a weight file: it begins with {data[:8]!r}; safetensors, npz, torch (.pth, .pt, .bin) files and"
-        " Orbax directories can be read"
+        f"not a weight file: it begins with {data[:8]!r}; safetensors, npz, torch (.pth, .pt, .bin) files, Orbax"
+        " directories and TensorFlow checkpoints can be read"
     )
 
 
