@@ -1,20 +1,31 @@
 """The recipes in `configs/` start, with all that they switch on."""
 
 import pathlib
+import re
 
 import jax
 import pytest
 
 import zoo
+from configs import digits
 from train import config as config_lib
 from train import loop
+from zoo.keymap import flatten
+from zoo.pretrained import example_input
 
 PATCHES = pathlib.Path(__file__).parent / "data" / "tfds" / "colour_patches" / "1.0.0"
 SMALL = ("model.overrides.depths=(1,)", "model.overrides.dims=(8,)", "model.overrides.num_heads=(1,)")
+RUNS = [
+    ("davit_tiny", SMALL),
+    pytest.param("davit_tiny", (), marks=pytest.mark.slow),
+    pytest.param("maxvit_nano", (), marks=pytest.mark.slow),
+    pytest.param("biformer_nano", (), marks=pytest.mark.slow),
+    pytest.param("care_nano", ("distill.teacher=",), marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("small", [SMALL, pytest.param((), marks=pytest.mark.slow)])
-def test_imagenet_recipe_on_another_tfds_data_set(tmp_path, small):
+@pytest.mark.parametrize("name, words", RUNS)
+def test_imagenet_recipe_on_another_tfds_data_set(tmp_path, name, words):
     """Encoded JPEGs of several sizes; every augmentation, bfloat16, mixing and the schedule of the recipe."""
     words = (
         "data.name=tfds",
@@ -28,9 +39,9 @@ def test_imagenet_recipe_on_another_tfds_data_set(tmp_path, small):
         "optim.warmup_steps=1",
         "optim.cooldown_steps=1",
         "accum_steps=1",
-        *small,
+        *words,
     )
-    config = config_lib.load("configs/imagenet.py:davit_tiny", [f"--config.{word}" for word in words])
+    config = config_lib.load(f"configs/imagenet.py:{name}", [f"--config.{word}" for word in words])
     run = loop.prepare(config, str(tmp_path))
     result = loop.train(run)
     assert result["step"] == 3
@@ -45,10 +56,57 @@ def test_imagenet_recipe_takes_every_image_model():
         assert config.model.name == name
 
 
-def test_the_papers_recipe():
+def steps_per_epoch(batch_size):
+    return 1_281_167 // batch_size
+
+
+def test_davits_recipe():
     """The defaults of the official train script with its README's options, in optimizer steps of 1,024 images."""
     config = config_lib.load("configs/imagenet.py:davit_tiny")
-    epoch = 1_281_167 // 1024
+    epoch = steps_per_epoch(1024)
     assert config.total_steps == 310 * epoch and config.optim.warmup_steps == 5 * epoch
     assert (config.optim.lr, config.optim.weight_decay, config.optim.clip_norm) == (1e-3, 0.05, 1.0)
     assert (config.augment.mixup, config.augment.cutmix, config.loss.label_smoothing) == (0.8, 1.0, 0.1)
+
+
+def test_maxvits_recipes():
+    """Pre-training at 224 and fine-tuning at 384, as in the official `hp/vision_i1k.py`."""
+    config = config_lib.load("configs/imagenet.py:maxvit_small_tf_224")
+    assert (config.data.batch_size, config.total_steps) == (4096, 300 * steps_per_epoch(4096))
+    assert (config.optim.lr, config.optim.end_lr, config.optim.warmup_steps) == (3e-3, 1e-5, 10_000)
+    assert (config.augment.mixup, config.augment.cutmix, config.ema) == (0.8, 0.0, 0.9999)
+    assert config.model.overrides.drop_path_rate == 0.3 and config.data.mean == (0.485, 0.456, 0.406)
+    config = config_lib.load("configs/imagenet.py:maxvit_large_tf_384")
+    assert (config.data.batch_size, config.data.image_size) == (512, 384)
+    assert config.total_steps == 30 * steps_per_epoch(512)
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.schedule) == (5e-5, 1e-8, "constant")
+    assert config.model.overrides.drop_path_rate == 0.6 and config.data.mean == (0.5, 0.5, 0.5)
+
+
+def test_biformers_recipe():
+    config = config_lib.load("configs/imagenet.py:biformer_small")
+    assert (config.data.batch_size, config.optim.lr, config.optim.clip_norm) == (1024, 1e-3, None)
+    assert (config.data.repeats, config.model.overrides.drop_path_rate, config.ema) == (3, 0.15, 0.0)
+
+
+def test_cares_recipe():
+    config = config_lib.load("configs/imagenet.py:care_s1")
+    assert (config.data.batch_size, config.optim.lr, config.optim.clip_norm) == (1536, 2.5e-3, None)
+    assert config.optim.warmup_steps == 20 * steps_per_epoch(1536)
+    assert (config.distill.kind, config.distill.alpha) == ("hard", 0.5)
+    assert config.distill.teacher in zoo.list_models(pretrained=True)
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.list_models() if "_tf_" in name])
+def test_tables_of_relative_positions_are_not_decayed(name):
+    config = config_lib.load(f"configs/imagenet.py:{name}")
+    model = zoo.create_model(name)
+    paths = flatten(jax.eval_shape(model.init, jax.random.key(0), example_input(model)))
+    spared = [path for path in paths if any(re.fullmatch(p, path) for p in config.optim.no_decay)]
+    assert len(spared) == 2 * sum(model.depths) and all("table" in path for path in spared)
+
+
+def test_digits_takes_the_nano_of_every_image_family():
+    assert sorted(digits.MODELS) == zoo.list_models("*_nano")
+    for name in digits.MODELS:
+        assert config_lib.load(f"configs/digits.py:{name}").model.name == name
