@@ -7,7 +7,7 @@ what the compiler made of the program. Here a loop counts as often as it runs, a
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -41,6 +41,8 @@ class Cost:
         matmul_flops: the part of `flops` in matrix products and convolutions. What a Pallas kernel
             computes is not in it, as its estimate does not say.
         by_primitive: the same four counts for every primitive, by its name.
+        by_scope: the same four counts by where they belong, a path of `jax.named_scope`s; flax makes one of the
+            names of a module's submodules and methods.
     """
 
     flops: int
@@ -49,6 +51,7 @@ class Cost:
     io_bytes: int
     matmul_flops: int
     by_primitive: dict[str, Counts]
+    by_scope: dict[str, Counts]
 
 
 def cost(
@@ -95,20 +98,32 @@ def cost(
         bytes=total.bytes,
         io_bytes=sum(a.size * a.dtype.itemsize for a in edges),
         matmul_flops=total.matmul_flops,
-        by_primitive=dict(sorted(tally.items())),
+        by_primitive=_grouped((primitive, counts) for (_, primitive), counts in tally.items()),
+        by_scope=_grouped((scope, counts) for (scope, _), counts in tally.items()),
     )
 
 
-Tally = dict[str, Counts]
+# By scope and primitive.
+Tally = dict[tuple[str, str], Counts]
 
 
 def _is_integer(atom) -> bool:
     return atom.aval.shape == () and jnp.issubdtype(atom.aval.dtype, jnp.integer)
 
 
-def _merge(tally: Tally, other: Tally, times: int = 1) -> None:
-    for name, counts in other.items():
-        tally[name] = tally.get(name, Counts()) + counts * times
+def _merge(tally: Tally, other: Tally, times: int = 1, scope: str = "") -> None:
+    """Adds `other`, `times` over, as what happens inside `scope`."""
+    for (inner, primitive), counts in other.items():
+        key = "/".join(filter(None, (scope, inner))), primitive
+        tally[key] = tally.get(key, Counts()) + counts * times
+
+
+def _grouped(items: Iterable[tuple[str, Counts]]) -> dict[str, Counts]:
+    """Sums by name, in the order of the names."""
+    sums: dict[str, Counts] = {}
+    for name, counts in items:
+        sums[name] = sums.get(name, Counts()) + counts
+    return dict(sorted(sums.items()))
 
 
 class _Counter:
@@ -144,7 +159,7 @@ class _Counter:
             if not any(outputs) and not eqn.effects:
                 continue
             inner, inputs = self.equation(eqn, outputs, [value_of(atom) for atom in eqn.invars])
-            _merge(tally, inner)
+            _merge(tally, inner, scope=str(eqn.source_info.name_stack))
             live.update(a for a, read in zip(eqn.invars, inputs) if read and not isinstance(a, Literal))
         return tally, [variable in live for variable in jaxpr.invars]
 
@@ -157,7 +172,7 @@ class _Counter:
             if name == "shard_map":
                 mesh = eqn.params["mesh"].shape
                 shards = math.prod(mesh[axis] for axis in eqn.params["newly_manual_axes"])
-                tally = {inner: counts * shards for inner, counts in tally.items()}
+                tally = {key: counts * shards for key, counts in tally.items()}
             return tally, inputs
         if name == "cond":
             return self.cond(eqn, wanted)
@@ -168,11 +183,11 @@ class _Counter:
             body, condition = eqn.params["body_jaxpr"], eqn.params["cond_jaxpr"]
             return self.loop((body, trips), (condition, trips + 1)), every
         if name == "pallas_call":
-            return {name: _kernel_counts(eqn)}, every
+            return {("", name): _kernel_counts(eqn)}, every
         if not is_known(eqn):
             self.unknown.add(name)
             return {}, every
-        return {name: count(eqn)}, every
+        return {("", name): count(eqn)}, every
 
     def loop(self, *parts) -> Tally:
         tally: Tally = {}

@@ -45,6 +45,30 @@ def test_matrix_product():
     assert batched.matmul_flops == products(2, 3, 5, 4, 7)
 
 
+def test_counts_by_scope():
+    """Scopes nest, also through a loop and a jitted function; what stands in none has the empty name."""
+
+    @jax.jit
+    def twice(x):
+        with jax.named_scope("product"):
+            return x @ x @ x
+
+    def fn(x):
+        with jax.named_scope("first"):
+            y = twice(x)
+            with jax.named_scope("loop"):
+                y, _ = jax.lax.scan(lambda carry, _: (carry @ x, None), y, length=5)
+        return y + 1
+
+    counted = cost(fn, f32(3, 3))
+    assert sum(counts.flops for counts in counted.by_scope.values()) == counted.flops
+    found = {scope: counts.matmul_flops for scope, counts in counted.by_scope.items() if counts.matmul_flops}
+    product, loop = (next(scope for scope in found if name in scope.split("/")) for name in ("product", "loop"))
+    assert product.split("/")[0] == loop.split("/")[0] == "first"
+    assert found == {product: 2 * products(3, 3, 3), loop: 5 * products(3, 3, 3)}
+    assert counted.by_scope[""].flops == 3 * 3
+
+
 def test_softmax():
     counted = cost(functools.partial(jax.nn.softmax, axis=-1), f32(6, 11))
     assert (counted.flops, counted.transcendentals, counted.matmul_flops) == (softmax_flops(6, 11), 6 * 11, 0)

@@ -337,8 +337,8 @@ def test_failed_writing_leaves_nothing(tmp_path):
         write_weights(path, arrays)
     assert os.listdir(tmp_path) == [path.name]
     assert set(read_weights(path)) == {"old"}
-    with pytest.raises(ValueError, match="path must end in .safetensors or .npz, got .*weights.pth"):
-        write(tmp_path / "weights.pth", ARRAYS)
+    with pytest.raises(ValueError, match="path must end in .safetensors, .npz, .pth or .pt, got .*weights.h5"):
+        write(tmp_path / "weights.h5", ARRAYS)
     with pytest.raises(FileNotFoundError, match="cannot create a file here.*nowhere"):
         write(tmp_path / "nowhere" / "w.npz", ARRAYS)
     with pytest.raises(ValueError, match="safetensors has no dtype complex128"):

@@ -1,17 +1,30 @@
 """Attention models for JAX: build one by name, load its published weights, look inside."""
 
-from zoo import davit  # noqa: F401
+from zoo import biformer, care, davit, maxvit  # noqa: F401
+from zoo.attention_maps import attention_maps
+from zoo.cards import model_card
+from zoo.convert import convert
 from zoo.errors import WeightsError
 from zoo.features import forward_intermediates
+from zoo.info import model_info
+from zoo.predict import load_classifier, predict
 from zoo.pretrained import load_pretrained, save_pretrained
 from zoo.registry import create_model, list_models, pretrained_cfg
+from zoo.verify import verify
 
 __all__ = [
     "WeightsError",
+    "attention_maps",
+    "convert",
     "create_model",
     "forward_intermediates",
     "list_models",
+    "load_classifier",
     "load_pretrained",
+    "model_card",
+    "model_info",
+    "predict",
     "pretrained_cfg",
     "save_pretrained",
+    "verify",
 ]

@@ -121,7 +121,7 @@ def eval_transform(
 def published_transform(cfg: PretrainedCfg, image_size: int | None = None) -> EvalTransform:
     """The preprocessing of published weights; `image_size` takes the place of the one that they came with."""
     size = cfg.image_size if image_size is None else image_size
-    return eval_transform(size, cfg.crop_pct, cfg.interpolation, mean=cfg.mean)
+    return eval_transform(size, cfg.crop_pct, cfg.interpolation, cfg.crop_mode, mean=cfg.mean)
 
 
 def as_pil(image: Pixels) -> Image.Image:

@@ -19,7 +19,7 @@ import numpy as np
 
 from zoo.errors import WeightsError
 
-_DTYPES = {
+DTYPES = {
     "float64": np.float64,
     "float32": np.float32,
     "float16": np.float16,
@@ -38,8 +38,8 @@ _DTYPES = {
     "uint8": np.uint8,
     "bool": np.bool_,
 }
-_DTYPE_NAMES = {f"torch.{name}": dtype for name, dtype in _DTYPES.items()}
-_STORAGES = {
+_DTYPE_NAMES = {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
+STORAGES = {
     "torch.DoubleStorage": "float64",
     "torch.FloatStorage": "float32",
     "torch.HalfStorage": "float16",
@@ -198,9 +198,9 @@ class Interpreter:
             raise WeightsError("refused a persistent object: only tensor storages are read")
         _, kind, key, _, numel, *view = identity
         kind, key, numel = expect(kind, _Name).name, expect(key, str), expect(numel, int)
-        if kind not in _STORAGES:
+        if kind not in STORAGES:
             raise WeightsError(f"refused storage type {kind}")
-        storage = Storage(key, np.dtype(_DTYPES[_STORAGES[kind]]), numel)
+        storage = Storage(key, np.dtype(DTYPES[STORAGES[kind]]), numel)
         if numel < 0 or self.storages.setdefault(key, storage) != storage:
             raise WeightsError(f"damaged: storage {key!r:.40} is described in two ways")
         if view and view[0] is not None:
@@ -211,7 +211,7 @@ class Interpreter:
 
 
 def _name(name: str) -> _Name:
-    if name not in _BUILDERS and name not in _STORAGES and name not in _DTYPE_NAMES:
+    if name not in _BUILDERS and name not in STORAGES and name not in _DTYPE_NAMES:
         raise WeightsError(
             f"refused to build {name!r:.200}: only tensors, dicts, lists and numbers are read from a pickle,"
             " and nothing in it is executed. If you trust the file, load it where it was made and save its"

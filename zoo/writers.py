@@ -12,15 +12,18 @@ import ml_dtypes
 import numpy as np
 
 from zoo.readers import SAFETENSORS_DTYPES
+from zoo.torch_writer import write_torch
 
 _CODES = {np.dtype(dtype): code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 # Reads one array when its turn comes, so that no more than one is in memory twice.
 Arrays = Mapping[str, tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]]
 
+SUFFIXES = (".safetensors", ".npz", ".pth", ".pt")
+
 
 def write_weights(path: str | os.PathLike, arrays: Arrays) -> None:
-    """Writes arrays to `.safetensors` or `.npz`, whichever the name says.
+    """Writes arrays to a safetensors, numpy or torch file, whichever the name says.
 
     bfloat16 stays bfloat16: in `.npz`, where numpy has no name for it, as two bytes of unknown type, which
     `zoo.readers` takes back for what it is.
@@ -34,16 +37,16 @@ def write_weights(path: str | os.PathLike, arrays: Arrays) -> None:
         OSError: where the file cannot be written; nothing is left behind then.
     """
     path = Path(path).expanduser()
-    writers = {".safetensors": _write_safetensors, ".npz": _write_npz}
-    if path.suffix not in writers:
-        raise ValueError(f"path must end in .safetensors or .npz, got {str(path)!r}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"path must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {str(path)!r}")
+    write = dict(zip(SUFFIXES, (_write_safetensors, _write_npz, write_torch, write_torch)))[path.suffix]
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as error:
         raise type(error)(error.errno, f"cannot create a file here: {error.strerror}", str(path.parent)) from None
     try:
         with open(handle, "wb") as file:
-            writers[path.suffix](file, arrays)
+            write(file, arrays)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp keeps others out; a weight file is as readable as any other new file.

@@ -45,13 +45,15 @@ def _matrix(fan_in: int, gain: float = 1.0) -> tuple[float, float]:
 # Convolutional position encodings get a gain below 1: they are added to a residual stream that no norm has
 # touched, where a gain of 1 would double the variance some fifty times over. So do the keys and values of
 # DaViT's channel attention: its logits are sums over all tokens, and with a gain of 1 (a root mean square of 120
-# at 3136 tokens) the softmax picks one channel and float32 loses two digits.
+# at 3136 tokens) the softmax picks one channel and float32 loses two digits. CARE's layer scale is kept small, for
+# it multiplies the block's input as well: at 1 every block would double the stream.
 _LAWS = tuple(
     (re.compile(pattern), law)
     for pattern, law in (
         (r"num_batches_tracked$", lambda shape: (0.0, 0.0)),
         (r"(running|moving)_mean$", lambda shape: (0.0, 0.1)),
         (r"(running_var|moving_variance)$", lambda shape: (1.0, 0.2)),
+        (r"relative_(position_)?bias(_table)?$", lambda shape: (0.0, 0.4)),
         (r"(relative|rel_pos|pos_?emb|token|\bcls$)[^./]*$", lambda shape: (0.0, 0.2)),
         (
             r"(cpe[.\d]+proj|conv\d\.fn\.dw|pos_embed)\.weight$",
@@ -62,6 +64,7 @@ _LAWS = tuple(
         (r"depthwise_kernel$", lambda shape: _matrix(math.prod(shape[:2]))),
         (r"kernel$", lambda shape: _matrix(math.prod(shape[:-1]))),
         (r"(bias|beta)$", lambda shape: (0.0, 0.1)),
+        (r"blocks\.\d+\.gamma$", lambda shape: (0.1, 0.1)),
         (r"(weight|scale|gamma)$", lambda shape: _matrix(math.prod(shape[1:])) if shape[1:] else (1.0, 0.1)),
     )
 )
@@ -87,7 +90,7 @@ def pseudo_weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict
         if not laws:
             raise KeyError(f"no law for the weight {name!r} of shape {shape}; add one to _LAWS in {__name__}")
         mean, deviation = laws[0](shape)
-        weights[name] = (mean + deviation * pseudo_normal(name, shape, seed)).astype(np.float32)
+        weights[name] = np.asarray(mean + deviation * pseudo_normal(name, shape, seed), np.float32)
     return weights
 
 
