@@ -13,7 +13,7 @@ import zoo
 from tests.parity import assert_features, assert_gradients, assert_near, part, reference
 from tests.reference.weights import pseudo_images, pseudo_normal, sample
 from zoo.attention_maps import DenseMap, RoutedMap
-from zoo.biformer import RoutedAttention
+from zoo.biformer_attention import RoutedAttention
 from zoo.keymap import check_key_map, flatten
 from zoo.registry import family_of
 from zoo.transforms import conv, linear, pointwise

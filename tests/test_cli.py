@@ -135,7 +135,7 @@ def test_patterns_that_match_nothing(capsys, pattern, hint):
 
 
 def test_what_listing_imports():
-    heavy = ("train", "torch", "tensorflow", "orbax", "grain", "PIL", "zoo.commands.convert")
+    heavy = ("train", "torch", "tensorflow", "orbax", "grain", "zoo.commands.convert")
     code = (
         "import sys; from zoo.__main__ import main; main(['list', 'davit*']);"
         f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"

@@ -25,7 +25,8 @@ head                   10                 778   0.6 %        640   0.0 %
 ------------------------------------------------------------------------
 total                                 139,274          3,706,368
 
-MACs: multiply-adds of matrix products and convolutions in the forward pass of one image."""
+MACs: multiply-adds of matrix products and convolutions in the forward pass of one image,
+those with the zeros of padding not among them."""
 
 
 def dual_block_macs(side: int, dim: int, heads: int, window: int = 4) -> int:
@@ -92,7 +93,8 @@ def test_options():
     assert bare.num_classes == 0
     one, three = zoo.model_info("davit_nano"), zoo.model_info("davit_nano", batch=3)
     assert three.macs == 3 * one.macs and three.parameters == one.parameters
-    assert str(three).endswith("in the forward pass of a batch of 3 images.")
+    assert str(three).endswith("those with the zeros of padding not among them.")
+    assert "forward pass of a batch of 3 images," in str(three)
     parsed = json.loads(one.to_json())
     assert parsed["macs"] == one.macs and parsed["stages"][1]["shape"] == [1, 8, 8, 32]
 

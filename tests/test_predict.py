@@ -19,7 +19,7 @@ from zoo import pictures
 from zoo.attention_maps import DenseMap, LinearMap, RoutedMap, WindowMap, attention_maps
 from zoo.commands import predict as command
 from zoo.orbax_writer import write_checkpoint
-from zoo.predict import Preprocessing, best_guesses, load_classifier, predict, read_image, run_model
+from zoo.prediction import Preprocessing, best_guesses, load_classifier, predict, read_image, run_model
 
 TINY = dict(depths=(1,), dims=(8,), num_heads=(2,))
 CLASSES = 7

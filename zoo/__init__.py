@@ -3,14 +3,15 @@
 from zoo import biformer, care, davit, maxvit  # noqa: F401
 from zoo.attention_maps import attention_maps
 from zoo.cards import model_card
-from zoo.convert import convert
+from zoo.conversion import convert
 from zoo.errors import WeightsError
 from zoo.features import forward_intermediates
 from zoo.info import model_info
-from zoo.predict import load_classifier, predict
+from zoo.prediction import load_classifier, predict
 from zoo.pretrained import load_pretrained, save_pretrained
 from zoo.registry import create_model, list_models, pretrained_cfg
-from zoo.verify import verify
+from zoo.verification import verify
+
 
 __all__ = [
     "WeightsError",

@@ -7,7 +7,8 @@
     python -m zoo predict davit_tiny.msft_in1k model.safetensors photo.jpg --attention attention.png
     python -m zoo card davit_tiny.msft_in1k
 
-What was asked for goes to stdout, all else to stderr. The exit code is 0, or 2 where something is wrong.
+What was asked for goes to stdout, all else to stderr. The exit code is 0 only if nothing is wrong; 2 says that an
+argument or a file is, or that `verify` found something.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command and its arguments; None means those of the process.
 
     Returns:
-        The exit code: 0 done, 2 something is wrong, which stderr or the report says.
+        The exit code: 0 where nothing is wrong, else what stderr or the report says is.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(

@@ -271,6 +271,7 @@ VARIANTS = {
         head_dims=(None, 8),
         patch=1,
         num_classes=10,
+        image_size=8,
         distilled=False,
     ),
 }

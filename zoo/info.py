@@ -84,7 +84,10 @@ class ModelInfo:
         rows.append(("total", "", "", f"{self.parameters:,}", "", f"{self.macs:,}", ""))
         lines = table(rows, "<><>>>>")
         rule = "-" * max(map(len, lines))
-        notes = [f"MACs: multiply-adds of matrix products and convolutions in the forward pass of {images}."]
+        notes = [
+            f"MACs: multiply-adds of matrix products and convolutions in the forward pass of {images},",
+            "those with the zeros of padding not among them.",
+        ]
         if self.statistics:
             notes.append(f"Beside the parameters there are {self.statistics:,} running statistics.")
         head = f"{self.name} ({self.family}): {size((*self.image_size, self.in_chans))} to {into}"

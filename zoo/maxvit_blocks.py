@@ -38,7 +38,7 @@ class Design:
         conv_padding: of the 3x3 convolutions, `"SAME"` or zeros on every side.
         conv_activation, mlp_activation: of stem and MBConv, and of the MLPs.
         expand_input: as in `MBConv`.
-        batch_norm, layer_norm: their fields.
+        batch_norm_epsilon, batch_norm_momentum, layer_norm_epsilon: as `BatchNorm` and `LayerNorm` have them.
     """
 
     conv_bias: bool
@@ -46,7 +46,8 @@ class Design:
     conv_activation: Callable[[Array], Array]
     mlp_activation: Callable[[Array], Array]
     expand_input: bool
-    batch_norm: tuple[tuple[str, float], ...]
+    batch_norm_epsilon: float
+    batch_norm_momentum: float
     layer_norm_epsilon: float
 
 
@@ -57,7 +58,8 @@ DESIGNS = {
         conv_activation=tanh_gelu,
         mlp_activation=tanh_gelu,
         expand_input=False,
-        batch_norm=(("epsilon", 1e-3), ("momentum", 0.99)),
+        batch_norm_epsilon=1e-3,
+        batch_norm_momentum=0.99,
         layer_norm_epsilon=1e-5,
     ),
     "timm": Design(
@@ -66,7 +68,8 @@ DESIGNS = {
         conv_activation=jax.nn.silu,
         mlp_activation=exact_gelu,
         expand_input=True,
-        batch_norm=(("epsilon", 1e-5), ("momentum", 0.9)),
+        batch_norm_epsilon=1e-5,
+        batch_norm_momentum=0.9,
         layer_norm_epsilon=1e-6,
     ),
 }
@@ -165,12 +168,13 @@ class Block(nn.Module):
         x = MBConv(
             self.features,
             self.strides,
-            design.expand_input,
-            design.conv_padding,
-            design.conv_activation,
-            design.conv_bias,
+            expand_input=design.expand_input,
+            padding=design.conv_padding,
+            activation=design.conv_activation,
+            use_bias=design.conv_bias,
+            epsilon=design.batch_norm_epsilon,
+            momentum=design.batch_norm_momentum,
             name="mbconv",
-            **dict(design.batch_norm),
             **like,
         )(x, train)
         x = AttentionBlock(self.shared, "block", name="block", **like)(x, train)
@@ -189,8 +193,10 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
         like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        conv = dict(padding=self.design.conv_padding, use_bias=self.design.conv_bias, **like)
+        design = self.design
+        conv = dict(padding=design.conv_padding, use_bias=design.conv_bias, **like)
         conv |= dict(kernel_init=normal02_init, bias_init=initializers.zeros)
+        norm = BatchNorm(epsilon=design.batch_norm_epsilon, momentum=design.batch_norm_momentum, name="norm1", **like)
         x = Conv(self.features[0], 3, self.strides, name="conv1", **conv)(x)
-        x = BatchNorm(name="norm1", **dict(self.design.batch_norm), **like)(x, train)
-        return Conv(self.features[1], 3, name="conv2", **conv)(self.design.conv_activation(x))
+        x = design.conv_activation(norm(x, train))
+        return Conv(self.features[1], 3, name="conv2", **conv)(x)

@@ -159,7 +159,8 @@ def save_pretrained(
     Args:
         model: a model of the zoo.
         variables: all of its collections.
-        path: a file that ends in `.safetensors`, `.npz`, `.pth` or `.pt`; a present one is replaced once the new one is complete.
+        path: a file that ends in `.safetensors`, `.npz`, `.pth` or `.pt`; a present one is replaced once the new one
+            is complete.
         naming: a key of the family's `key_maps`, by default the first, or `"zoo"` for the variables' own paths.
         dtype: of the floating tensors in the file; None keeps each as it is, bit for bit.
 

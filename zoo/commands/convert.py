@@ -4,7 +4,7 @@ import argparse
 
 import zoo
 from zoo.commands import arguments as shared
-from zoo.convert import DTYPES
+from zoo.conversion import DTYPES
 from zoo.writers import SUFFIXES
 
 

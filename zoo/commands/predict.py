@@ -14,7 +14,7 @@ import numpy as np
 from zoo.commands import arguments as shared
 from zoo.panels import TINY_SIDE
 from zoo.pictures import Subject, attention_page, last_blocks
-from zoo.predict import BATCH, Classifier, Prediction, best_guesses, load_classifier, read_image, run_model
+from zoo.prediction import BATCH, Classifier, Prediction, best_guesses, load_classifier, read_image, run_model
 
 # Pictures on a page are drawn from about so many pixels a side where the model sees fewer, unless it sees so few that
 # these themselves are what there is to show.
