@@ -107,23 +107,28 @@ def _care(variant: str) -> ml_collections.ConfigDict:
 def _maxvit(variant: str) -> ml_collections.ConfigDict:
     """The official settings (github.com/google-research/maxvit, `hp/vision_i1k.py`).
 
-    Names that end in 384 and 512 get the fine-tuning of weights trained at 224, which it begins with a new
+    timm's own designs (`rw`, `rmlp`), whose recipes are not published with the weights, get the same. Names that end
+    in 384 and 512 get the fine-tuning of weights trained at 224, which it begins with a new
     classifier and this with theirs:
 
         --config.model.weights=maxvit_tiny_tf_224.in1k
     """
-    size, _, side = variant.partition("_tf_")
+    *words, side = variant.split("_")
     finetune = side in ("384", "512")
     config = _common(30, 512) if finetune else _common(300, 4096)
-    rates = dict(tiny=0.2, small=0.3, base=0.4, large=0.6, xlarge=0.7)
-    config.model.overrides = dict(drop_path_rate=rates.get(size, 0.2), drop_path_schedule="official")
+    rates = dict(small=0.3, base=0.4, large=0.6, xlarge=0.7)
+    rate = next((rates[word] for word in words if word in rates), 0.2)
+    config.model.overrides = dict(drop_path_rate=rate, drop_path_schedule="official")
+    config.data.image_size = int(side) if side.isdecimal() else 224
     config.data.crop_pct = 0.95
     config.augment.randaugment = "rand-m15-n2"
-    # The official pattern spares names with "bias", which the tables of relative positions have.
-    config.optim.update(no_decay=(".*relative_position_bias_table",), clip_norm=1.0)
+    config.optim.clip_norm = 1.0
+    if "rmlp" not in words:
+        # The official pattern spares names with "bias", which the tables of relative positions have.
+        config.optim.no_decay = (".*relative_position_bias_table",)
     config.ema = 0.9999
     if finetune:
-        config.data.update(image_size=int(side), crop_pct=1.0, crop_mode="squash", mean=(0.5,) * 3, std=(0.5,) * 3)
+        config.data.update(crop_pct=1.0, crop_mode="squash", mean=(0.5,) * 3, std=(0.5,) * 3)
         config.optim.update(lr=5e-5, end_lr=5e-5, schedule="constant", weight_decay=1e-8)
     else:
         config.optim.update(lr=3e-3, warmup_steps=10_000)

@@ -11,7 +11,8 @@ import pytest
 import zoo
 from kernels import bilevel_attention, linear_attention, route_regions, window_attention
 from kernels.bilevel import pooled_region
-from zoo.attention_maps import (
+from zoo.layers import DepthwiseConv, LayerNorm
+from zoo.watch import (
     ChannelMap,
     DenseMap,
     LinearMap,
@@ -20,7 +21,6 @@ from zoo.attention_maps import (
     attention_maps,
     run_watched,
 )
-from zoo.layers import DepthwiseConv, LayerNorm
 
 BATCH = 2
 TOLERANCE = dict(rtol=1e-5, atol=1e-7)

@@ -12,14 +12,14 @@ from safetensors.numpy import load_file
 import zoo
 from tests.parity import assert_features, assert_gradients, assert_near, part, reference
 from tests.reference.weights import pseudo_images, pseudo_normal, sample
-from zoo.attention_maps import DenseMap, RoutedMap
 from zoo.biformer_attention import RoutedAttention
 from zoo.keymap import check_key_map, flatten
 from zoo.registry import family_of
 from zoo.transforms import conv, linear, pointwise
+from zoo.watch import DenseMap, RoutedMap
 
-# Reached in float32: logits and features within 3e-6, gradients within 5e-5.
-OUTPUT_TOLERANCE, GRADIENT_TOLERANCE, FLOAT64_TOLERANCE = 1e-5, 2e-4, 1e-9
+# Reached in float32: logits, of standard deviation 5, within 1e-5, features and gradients within 2e-6.
+OUTPUT_TOLERANCE, GRADIENT_TOLERANCE, FLOAT64_TOLERANCE = 2e-5, 2e-5, 1e-9
 # Regions may be chosen differently where the reference's last choice is no better than the next by more than this.
 LEAST_GAP = 1e-5
 # Less than half the time to compile; the programs run once.

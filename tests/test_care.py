@@ -14,7 +14,7 @@ import zoo
 from kernels import linear_attention
 from kernels.linear import FEATURE_MAPS
 from tests.parity import reference
-from zoo import attention_maps, registry
+from zoo import registry
 from zoo.care import Attention
 from zoo.errors import WeightsError
 from zoo.keymap import check_key_map, flatten
@@ -187,7 +187,7 @@ def test_attention_maps():
     np.testing.assert_allclose(found.query, FEATURE_MAPS["elu1"](query), atol=1e-6)
     np.testing.assert_allclose(found.heat((1, 2)), weights[:, :, 6].mean(1).reshape(2, 3, 4), atol=1e-5)
     np.testing.assert_allclose(found.received(), weights.mean((1, 2)).reshape(2, 3, 4), atol=1e-5)
-    maps = attention_maps.attention_maps(tiny(), init(tiny()), normal(1, 8, 8, 3))
+    maps = zoo.attention_maps(tiny(), init(tiny()), normal(1, 8, 8, 3))
     assert [(path, found.shape) for path, found in maps.items()] == [("stages_1_0/attention", (4, 4))]
 
 

@@ -12,10 +12,10 @@ from PIL import Image
 import zoo
 from tests.reference.weights import pseudo_normal
 from zoo import registry
-from zoo.attention_maps import attention_maps
 from zoo.layers import Conv, DepthwiseConv, SqueezeExcite
 from zoo.mbconv import MBConv, average_pool
 from zoo.preprocess import published_transform
+from zoo.watch import attention_maps
 
 # As timm counts them; at 384 and 512 pixels with tables for windows of 12 x 12 and 16 x 16 tokens.
 PARAMETERS = {

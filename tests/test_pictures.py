@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from zoo import panels, pictures
-from zoo.attention_maps import ChannelMap, DenseMap, RoutedMap, WindowMap
+from zoo.watch import ChannelMap, DenseMap, RoutedMap, WindowMap
 
 
 def window_map():

@@ -16,10 +16,10 @@ import zoo
 from tests import runs
 from train import config as config_lib
 from zoo import pictures
-from zoo.attention_maps import DenseMap, LinearMap, RoutedMap, WindowMap, attention_maps
 from zoo.commands import predict as command
 from zoo.orbax_writer import write_checkpoint
 from zoo.prediction import Preprocessing, best_guesses, load_classifier, predict, read_image, run_model
+from zoo.watch import DenseMap, LinearMap, RoutedMap, WindowMap, attention_maps
 
 TINY = dict(depths=(1,), dims=(8,), num_heads=(2,))
 CLASSES = 7

@@ -1,7 +1,6 @@
 """Attention models for JAX: build one by name, load its published weights, look inside."""
 
 from zoo import biformer, care, davit, maxvit  # noqa: F401
-from zoo.attention_maps import attention_maps
 from zoo.cards import model_card
 from zoo.conversion import convert
 from zoo.errors import WeightsError
@@ -11,7 +10,7 @@ from zoo.prediction import load_classifier, predict
 from zoo.pretrained import load_pretrained, save_pretrained
 from zoo.registry import create_model, list_models, pretrained_cfg
 from zoo.verification import verify
-
+from zoo.watch import attention_maps
 
 __all__ = [
     "WeightsError",

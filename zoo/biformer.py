@@ -5,8 +5,6 @@ Regions of the feature map choose the regions that they attend to. Follows the o
 """
 
 import math
-import re
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ from jaxtyping import Array, Float
 from kernels.bilevel import KvDownsampleMode
 from zoo.biformer_attention import PLAIN_HEADS, ConvStandIn, PlainAttention, RoutedAttention, RoutingCode
 from zoo.biformer_weights import KEY_MAPS, PRETRAINED
-from zoo.image_model import ImageModel
+from zoo.image_model import ImageModel, layers_of
 from zoo.layers import (
     BatchNorm,
     Conv,
@@ -113,7 +111,6 @@ class BiFormer(ImageModel):
     `auto_pad` any size, and with the code `"nchw"` any whose routed maps have at least `n_win` tokens a side.
 
     Attributes, beside those of every image model:
-        depths: blocks of every stage.
         dims: channels of every stage.
         head_dim: channels of a head in routed stages.
         topks: what the blocks of every stage are. A positive number: routed attention to so many regions; -1: plain
@@ -151,11 +148,6 @@ class BiFormer(ImageModel):
     diff_routing: bool = False
     param_routing: bool = False
     auto_pad: bool = False
-
-    def drop_path_rates(self) -> list[float]:
-        """The rate of every block, of both its branches, growing linearly from 0."""
-        blocks = sum(self.depths)
-        return [self.drop_path_rate * i / max(blocks - 1, 1) for i in range(blocks)]
 
     @property
     def feature_info(self) -> tuple[tuple[int, int], ...]:
@@ -293,20 +285,6 @@ SHARDING_RULES = (
 )
 
 
-def _layers(model: BiFormer) -> tuple[Callable[[str], int], int]:
-    """The stem is layer 0, every block one more, a downsampling belongs to the block after it."""
-    first = [1 + sum(model.depths[:i]) for i in range(len(model.depths) + 1)]
-
-    def layer_of(path: str) -> int:
-        if found := re.match(r"stages_(\d+)_(\d+)/", path):
-            return first[int(found[1])] + int(found[2])
-        if found := re.match(r"downsamples_(\d+)/", path):
-            return first[int(found[1]) + 1]
-        return 0 if path.startswith("stem/") else first[-1]
-
-    return layer_of, first[-1]
-
-
 register(
     Family(
         name="biformer",
@@ -315,6 +293,6 @@ register(
         pretrained=PRETRAINED,
         key_maps=KEY_MAPS,
         sharding_rules=SHARDING_RULES,
-        layers=_layers,
+        layers=layers_of,
     )
 )

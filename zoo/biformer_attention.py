@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from kernels import attention, bilevel_attention, region_descriptors, route_regions
 from kernels.bilevel import KvDownsampleMode, pooled_region
-from zoo.attention_maps import DenseMap, RoutedMap, watched
 from zoo.layers import DepthwiseConv, Dtype, Linear
+from zoo.watch import DenseMap, RoutedMap, watched
 
 RoutingCode = Literal["legacy", "nchw"]
 # Stages of plain attention have eight heads, whatever `head_dim` says.

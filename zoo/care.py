@@ -4,8 +4,6 @@ Follows the official code (github.com/zhouyuan888888/CARE-Transformer), on which
 the paper's text says less or something else, the code decides.
 """
 
-import re
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,9 +13,8 @@ from jaxtyping import Array, Float
 from kernels import linear_attention
 from kernels.dense import accumulator_dtype
 from kernels.linear import FEATURE_MAPS
-from zoo.attention_maps import LinearMap, watched
 from zoo.care_weights import KEY_MAPS, PRETRAINED
-from zoo.image_model import ImageModel
+from zoo.image_model import ImageModel, layers_of
 from zoo.layers import (
     BatchNorm,
     Conv,
@@ -32,6 +29,7 @@ from zoo.layers import (
     rematerialize,
 )
 from zoo.registry import Family, register
+from zoo.watch import LinearMap, watched
 
 _INIT = dict(kernel_init=normal02_init, bias_init=initializers.zeros)
 
@@ -187,9 +185,8 @@ class CARE(ImageModel):
         return (self.feature_info[-1][1],) * 2
 
     def drop_path_rates(self) -> list[float]:
-        """The rate of every block, in order."""
-        blocks = sum(self.depths)
-        rates = [self.drop_path_rate * i / max(blocks - 1, 1) for i in range(blocks)]
+        """The rate of every block, in order, growing linearly from 0."""
+        rates = super().drop_path_rates()
         return rates if self.drop_path_last else [*rates[:-1], 0.0]
 
     def setup(self):
@@ -291,20 +288,6 @@ SHARDING_RULES = (
 )
 
 
-def _layers(model: CARE) -> tuple[Callable[[str], int], int]:
-    """The stem is layer 0, every block one more, a downsampling belongs to the block after it."""
-    first = [1 + sum(model.depths[:i]) for i in range(len(model.depths) + 1)]
-
-    def layer_of(path: str) -> int:
-        if found := re.match(r"stages_(\d+)_(\d+)/", path):
-            return first[int(found[1])] + int(found[2])
-        if found := re.match(r"downsamples_(\d+)/", path):
-            return first[int(found[1]) + 1]
-        return 0 if path.startswith("stem/") else first[-1]
-
-    return layer_of, first[-1]
-
-
 register(
     Family(
         name="care",
@@ -313,6 +296,6 @@ register(
         pretrained=PRETRAINED,
         key_maps=KEY_MAPS,
         sharding_rules=SHARDING_RULES,
-        layers=_layers,
+        layers=layers_of,
     )
 )

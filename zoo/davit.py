@@ -5,8 +5,6 @@ Attention inside windows of tokens and attention between channels take turns. Fo
 (arXiv:2311.06242), which differ in the window, the downsampling and the channel attention.
 """
 
-import re
-from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
@@ -14,9 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import channel_attention, window_attention
-from zoo.attention_maps import ChannelMap, WindowMap, watched
 from zoo.davit_weights import KEY_MAPS, PRETRAINED
-from zoo.image_model import ImageModel
+from zoo.image_model import ImageModel, layers_of
 from zoo.layers import (
     Conv,
     DepthwiseConv,
@@ -31,6 +28,7 @@ from zoo.layers import (
     rematerialize,
 )
 from zoo.registry import Family, register
+from zoo.watch import ChannelMap, WindowMap, watched
 
 ChannelAttentionKind = Literal["davit", "florence2"]
 
@@ -225,12 +223,12 @@ class DaViT(ImageModel):
 
     def drop_path_rates(self) -> list[tuple[float, float]]:
         """The rates of the spatial and the channel half of every dual block, in order."""
-        pairs = sum(self.depths)
         if self.drop_path_schedule == "timm":
-            return [(self.drop_path_rate * i / max(pairs - 1, 1),) * 2 for i in range(pairs)]
+            return [(rate, rate) for rate in super().drop_path_rates()]
         if self.drop_path_schedule != "official":
             raise ValueError(f"drop_path_schedule must be 'timm' or 'official', got {self.drop_path_schedule!r}")
-        rates = [self.drop_path_rate * i / (2 * pairs - 1) for i in range(2 * pairs)]
+        halves = 2 * sum(self.depths)
+        rates = [self.drop_path_rate * i / (halves - 1) for i in range(halves)]
         return list(zip(rates[::2], rates[1::2]))
 
     @property
@@ -317,20 +315,6 @@ SHARDING_RULES = (
 )
 
 
-def _layers(model: DaViT) -> tuple[Callable[[str], int], int]:
-    """The stem is layer 0, every dual block one more, a downsampling belongs to the block after it."""
-    first = [1 + sum(model.depths[:i]) for i in range(len(model.depths) + 1)]
-
-    def layer_of(path: str) -> int:
-        if found := re.match(r"stages_(\d+)_(\d+)/", path):
-            return first[int(found[1])] + int(found[2])
-        if found := re.match(r"downsamples_(\d+)/", path):
-            return first[int(found[1]) + 1]
-        return 0 if path.startswith("stem/") else first[-1]
-
-    return layer_of, first[-1]
-
-
 register(
     Family(
         name="davit",
@@ -339,6 +323,6 @@ register(
         pretrained=PRETRAINED,
         key_maps=KEY_MAPS,
         sharding_rules=SHARDING_RULES,
-        layers=_layers,
+        layers=layers_of,
     )
 )

@@ -1,5 +1,7 @@
 """What all image models share: their fields, their shape from stem to head, the image sizes that they take."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +24,7 @@ class ImageModel(nn.Module):
         in_chans: channels of the input.
         image_size: side, or (height, width), of the images that the model is made for; None: any that it takes.
         features_only: no head; the model returns every stage's output.
+        depths: blocks of every stage.
         drop_path_rate: stochastic depth of the last block.
         remat: what the backward pass recomputes, see `zoo.layers.rematerialize`.
         implementation: of the attention primitives, see `kernels.dispatch`.
@@ -32,6 +35,7 @@ class ImageModel(nn.Module):
     in_chans: int = 3
     image_size: int | tuple[int, int] | None = None
     features_only: bool = False
+    depths: tuple[int, ...] = ()
     drop_path_rate: float = 0.0
     remat: Remat = "none"
     implementation: str | tuple[str, ...] | None = None
@@ -52,6 +56,11 @@ class ImageModel(nn.Module):
     def least_size(self) -> tuple[int, int]:
         """The smallest height and width that the model takes."""
         return self.size_multiple
+
+    def drop_path_rates(self) -> list[float]:
+        """The rate of every block, in order, growing linearly from 0."""
+        blocks = sum(self.depths)
+        return [self.drop_path_rate * i / max(blocks - 1, 1) for i in range(blocks)]
 
     def input_size(self, default: int = 224) -> tuple[int, int]:
         """Height and width that the model is made for, else the nearest to a square of side `default`."""
@@ -117,3 +126,17 @@ class ImageModel(nn.Module):
         if self.features_only:
             return tuple(self.forward_intermediates(images, train)[1:])
         return self.forward_head(self.forward_features(images, train), train)
+
+
+def layers_of(model: ImageModel) -> tuple[Callable[[str], int], int]:
+    """What `Family.layers` wants: the stem is 0, every block one more, a downsampling belongs to the block after it."""
+    first = [1 + sum(model.depths[:i]) for i in range(len(model.depths) + 1)]
+
+    def layer_of(path: str) -> int:
+        if found := re.match(r"stages_(\d+)_(\d+)/", path):
+            return first[int(found[1])] + int(found[2])
+        if found := re.match(r"downsamples_(\d+)/", path):
+            return first[int(found[1]) + 1]
+        return 0 if path.startswith("stem/") else first[-1]
+
+    return layer_of, first[-1]

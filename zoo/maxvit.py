@@ -6,14 +6,12 @@ lie as far apart as the map allows. Follows the official code (github.com/google
 """
 
 import math
-import re
-from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from zoo.image_model import ImageModel
+from zoo.image_model import ImageModel, layers_of
 from zoo.layers import LayerNorm, Linear, mean_of_tokens, rematerialize
 from zoo.maxvit_blocks import DESIGNS, AttentionFields, Block, Stem
 from zoo.maxvit_weights import KEY_MAPS, PRETRAINED
@@ -87,12 +85,13 @@ class MaxViT(ImageModel):
         return stride * height, stride * width
 
     def drop_path_rates(self) -> list[float]:
-        """The rate of every block, in order."""
-        blocks = sum(self.depths)
-        if self.drop_path_schedule not in ("official", "timm"):
+        """The rate of every block, in order; the official ones stop short of `drop_path_rate`."""
+        if self.drop_path_schedule == "timm":
+            return super().drop_path_rates()
+        if self.drop_path_schedule != "official":
             raise ValueError(f"drop_path_schedule must be 'official' or 'timm', got {self.drop_path_schedule!r}")
-        steps = blocks if self.drop_path_schedule == "official" else max(blocks - 1, 1)
-        return [self.drop_path_rate * i / steps for i in range(blocks)]
+        blocks = sum(self.depths)
+        return [self.drop_path_rate * i / blocks for i in range(blocks)]
 
     def setup(self):
         if not len(self.depths) == len(self.dims) == len(self.strides):
@@ -198,18 +197,6 @@ SHARDING_RULES = (
 )
 
 
-def _layers(model: MaxViT) -> tuple[Callable[[str], int], int]:
-    """The stem is layer 0, every block one more."""
-    first = [1 + sum(model.depths[:i]) for i in range(len(model.depths) + 1)]
-
-    def layer_of(path: str) -> int:
-        if found := re.match(r"stages_(\d+)_(\d+)/", path):
-            return first[int(found[1])] + int(found[2])
-        return 0 if path.startswith("stem/") else first[-1]
-
-    return layer_of, first[-1]
-
-
 register(
     Family(
         name="maxvit",
@@ -218,6 +205,6 @@ register(
         pretrained=PRETRAINED,
         key_maps=KEY_MAPS,
         sharding_rules=SHARDING_RULES,
-        layers=_layers,
+        layers=layers_of,
     )
 )

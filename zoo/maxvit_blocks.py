@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from kernels import window_attention
 from kernels.window import Partition
-from zoo.attention_maps import WindowMap, watched
 from zoo.layers import (
     BatchNorm,
     Conv,
@@ -27,6 +26,7 @@ from zoo.layers import (
 )
 from zoo.mbconv import MBConv
 from zoo.relative_bias import RelativeBiasMlp, expand_table
+from zoo.watch import WindowMap, watched
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw
 
-from zoo.attention_maps import ChannelMap, RoutedMap, WindowMap
+from zoo.watch import ChannelMap, RoutedMap, WindowMap
 
 # matplotlib's perceptually uniform maps of these names at ten equal steps.
 INFERNO = ("#000004", "#1b0c41", "#4a0c6b", "#781c6d", "#a52c60", "#cf4446", "#ed6925", "#fb9b06", "#f7d13d", "#fcffa4")

@@ -12,8 +12,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from zoo import panels
-from zoo.attention_maps import ChannelMap, DenseMap, LinearMap, RoutedMap, WindowMap
 from zoo.panels import Frame
+from zoo.watch import ChannelMap, DenseMap, LinearMap, RoutedMap, WindowMap
 
 INK, MUTED, RULE, PAPER = "#15181f", "#626a78", "#d4d8df", "#ffffff"
 WIDTH, MARGIN, GAP = 1600, 52, 24

@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from zoo import orbax_dir, registry
-from zoo.attention_maps import run_watched
 from zoo.preprocess import EvalTransform, decode, eval_transform, published_transform
 from zoo.pretrained import load_pretrained
 from zoo.registry import IMAGENET_MEAN, IMAGENET_STD, PretrainedCfg
 from zoo.report import LoadReport
+from zoo.watch import run_watched
 
 # Images that are run together.
 BATCH = 8
