@@ -32,14 +32,16 @@ def _weights(query, key, bias, mask, scale, causal):
 
 
 def _xla(query, key, value, bias, mask, *, scale, causal, return_weights):
-    if not return_weights:
+    # jax's function takes its softmax in float32 even of float64 operands.
+    if not return_weights and query.dtype != jnp.float64:
         return jax.nn.dot_product_attention(
             query, key, value, bias, mask, scale=scale, is_causal=causal, implementation="xla"
         )
     weights = _weights(query, key, bias, mask, scale, causal)
     groups = query.shape[2] // key.shape[2]
     value = jnp.repeat(value, groups, axis=2)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value), weights
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+    return (out, weights) if return_weights else out
 
 
 def _cudnn(query, key, value, bias, mask, *, scale, causal, return_weights):

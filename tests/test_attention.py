@@ -103,6 +103,18 @@ def test_window_attention_names_what_is_wrong(kwargs, words):
         window_attention.__wrapped__(normal(1, 7, 7, 12), **kwargs)
 
 
+def test_dense_attention_of_float64_is_float64():
+    q, k, v = RNG.standard_normal((3, 2, 7, 2, 4))
+    with jax.enable_x64(True):
+        operands = [jnp.asarray(x) for x in (q, k, v)]
+        out = attention(*operands)
+        found, weights = attention(*operands, return_weights=True)
+    expected = reference.softmax(np.einsum("bqhd,bkhd->bhqk", q, k) / 2)
+    np.testing.assert_allclose(weights, expected, rtol=1e-13)
+    for array in (out, found):
+        np.testing.assert_allclose(array, np.einsum("bhqk,bkhd->bqhd", expected, v), rtol=0, atol=1e-14)
+
+
 def test_channel_attention_equals_the_loop():
     q, k, v = normal(2, 50, 3, 4), normal(2, 50, 3, 4), normal(2, 50, 3, 4)
     out, weights = channel_attention(q, k, v, scale=0.2, return_weights=True)

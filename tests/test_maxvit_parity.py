@@ -42,7 +42,7 @@ def assert_outputs(model, variables, record, size, logits_tolerance, features_to
 
 
 def double(variables):
-    """Variables in float64: flax keeps the statistics in float32 whatever `param_dtype` is."""
+    """Variables in float64."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
 
 

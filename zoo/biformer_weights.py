@@ -4,9 +4,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from zoo.keymap import KeyMap, Rule, torch_batch_norm, torch_conv, torch_layer_norm, torch_linear
+from zoo.keymap import KeyMap, Rule, torch_batch_norm, torch_conv, torch_layer_norm, torch_linear, torch_pointwise
 from zoo.registry import PretrainedCfg
-from zoo.transforms import pointwise
 
 
 def _in1k(name: str, weights: str = "in1k", **fields: Any) -> PretrainedCfg:
@@ -38,24 +37,18 @@ PRETRAINED = {
 }
 
 
-def _torch_pointwise(source: str, target: str, *, bias: bool = True, **where: Any) -> tuple[Rule, ...]:
-    """Rules for a torch `Conv2d` of 1 x 1 as a flax `Dense`."""
-    kernel = Rule(f"{source}.weight", f"params/{target}/kernel", pointwise, where)
-    return (kernel, Rule(f"{source}.bias", f"params/{target}/bias", where=where)) if bias else (kernel,)
-
-
 def _attention_rules(model: nn.Module, topk: int, source: str, target: str, **where: Any) -> tuple[Rule, ...]:
     """The rules of the attention modules of one stage."""
     lepe = torch_conv(f"{source}.lepe", f"{target}/lepe", **where)
     if topk == 0:
         return (
-            *_torch_pointwise(f"{source}.1", f"{target}/qkv", **where),
+            *torch_pointwise(f"{source}.1", f"{target}/qkv", **where),
             *torch_conv(f"{source}.2", f"{target}/mix", **where),
-            *_torch_pointwise(f"{source}.3", f"{target}/proj", **where),
+            *torch_pointwise(f"{source}.3", f"{target}/proj", **where),
         )
     linear, names = torch_linear, ("qkv.qkv", "wo")
     if model.code == "nchw":
-        linear, names = _torch_pointwise, ("qkv_linear", "output_linear")
+        linear, names = torch_pointwise, ("qkv_linear", "output_linear")
     if topk < 0:
         names = ("qkv", "proj")
     rules = (
@@ -72,7 +65,7 @@ def _attention_rules(model: nn.Module, topk: int, source: str, target: str, **wh
 def _official(model: nn.Module) -> KeyMap:
     """Names of github.com/rayleizhu/BiFormer, which has three schemes: T, S and B; STL; STL-nchw."""
     target = "stages_{i}_{j}"
-    linear = _torch_pointwise if model.code == "nchw" else torch_linear
+    linear = torch_pointwise if model.code == "nchw" else torch_linear
     if model.swin_layout:
         block, second = "stages.{i}.blocks.{j}", 2
         patches = (

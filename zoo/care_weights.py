@@ -2,9 +2,8 @@
 
 import flax.linen as nn
 
-from zoo.keymap import KeyMap, Rule, torch_batch_norm, torch_conv, torch_layer_norm, torch_linear
+from zoo.keymap import KeyMap, Rule, torch_batch_norm, torch_conv, torch_layer_norm, torch_linear, torch_pointwise
 from zoo.registry import PretrainedCfg
-from zoo.transforms import pointwise
 
 
 def _in1k(size: str) -> PretrainedCfg:
@@ -25,21 +24,13 @@ def _in1k(size: str) -> PretrainedCfg:
 PRETRAINED = {cfg.tag: cfg for cfg in map(_in1k, ("S0", "S1", "S2"))}
 
 
-def _torch_pointwise(source: str, target: str) -> tuple[Rule, ...]:
-    """Rules for a torch `Conv2d` of 1x1 as a flax `Dense`."""
-    return (
-        Rule(f"{source}.weight", f"params/{target}/kernel", pointwise),
-        Rule(f"{source}.bias", f"params/{target}/bias"),
-    )
-
-
 def _interaction(which: str) -> tuple[Rule, ...]:
     source, target = f"stages.{{i}}.blocks.{{j}}.inter_layer.{which}", f"stages_{{i}}_{{j}}/{which}"
     return (
         *torch_batch_norm(f"{source}_norm", f"{target}/norm"),
-        *_torch_pointwise(f"{source}_fc1", f"{target}/fc1"),
+        *torch_pointwise(f"{source}_fc1", f"{target}/fc1"),
         *torch_conv(f"{source}_conv", f"{target}/conv"),
-        *_torch_pointwise(f"{source}_fc2", f"{target}/fc2"),
+        *torch_pointwise(f"{source}_fc2", f"{target}/fc2"),
     )
 
 
@@ -58,7 +49,7 @@ def _official(model: nn.Module) -> KeyMap:
         Rule(f"{source}.gamma", f"params/{target}/gamma"),
         *torch_conv(f"{source}.token_mixer.dwconvatt_1", f"{target}/tall"),
         *torch_conv(f"{source}.token_mixer.dwconvatt_2", f"{target}/wide"),
-        *_torch_pointwise(f"{source}.token_mixer.qk", f"{target}/attention/qk"),
+        *torch_pointwise(f"{source}.token_mixer.qk", f"{target}/attention/qk"),
         *torch_conv(f"{source}.token_mixer.dwconv1", f"{target}/local3"),
         *torch_conv(f"{source}.token_mixer.dwconv2", f"{target}/local7"),
         *_interaction("inter1"),

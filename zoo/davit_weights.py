@@ -43,9 +43,7 @@ PRETRAINED = {
 }
 
 
-_SPECIAL = dict(
-    classifier=("params/head/kernel", "params/head/bias"), input_conv=("params/stem/conv/kernel",)
-)
+_SPECIAL = dict(classifier=("params/head/kernel", "params/head/bias"), input_conv=("params/stem/conv/kernel",))
 
 
 def _block_rules(source: str, parts: dict[str, str], **where) -> tuple[Rule, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.transforms import Transform, conv, identity, linear
+from zoo.transforms import Transform, conv, identity, linear, pointwise
 
 Shape = tuple[int, ...]
 Bindings = Mapping[str, int]
@@ -274,6 +274,11 @@ def torch_linear(source: str, target: str, *, bias: bool = True, **where: Any) -
 def torch_conv(source: str, target: str, *, bias: bool = True, **where: Any) -> tuple[Rule, ...]:
     """Rules for a torch `Conv2d`, dense or depthwise, as a flax `Conv` at module path `target`."""
     return _weight_and_bias(source, target, "kernel", conv, bias, where)
+
+
+def torch_pointwise(source: str, target: str, *, bias: bool = True, **where: Any) -> tuple[Rule, ...]:
+    """Rules for a torch `Conv2d` of 1x1 as a flax `Dense` at module path `target`."""
+    return _weight_and_bias(source, target, "kernel", pointwise, bias, where)
 
 
 def torch_layer_norm(source: str, target: str, *, bias: bool = True, **where: Any) -> tuple[Rule, ...]:

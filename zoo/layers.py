@@ -177,13 +177,18 @@ class BatchNorm(nn.BatchNorm):
     """Batch normalisation over all axes but the last; in training the batch is that of all devices.
 
     The running average keeps `momentum` of the old value: torch's momentum of 0.1 is 0.9 here. Of the variance
-    it takes the biased estimate, as TensorFlow does.
+    it takes the biased estimate, as TensorFlow does. Statistics are float32, or float64 where the parameters are.
     """
 
     epsilon: float = 1e-5
     momentum: float = 0.9
     # flax's default, E[x^2] - E[x]^2, cancels where the mean is large.
     use_fast_variance: bool = False
+
+    def __post_init__(self):
+        if self.param_dtype == jnp.float64:
+            self.force_float32_reductions = False
+        super().__post_init__()
 
     def __call__(self, x: Float[Array, "*batch C"], train: bool) -> Float[Array, "*batch C"]:
         return super().__call__(x, use_running_average=not train)

@@ -11,10 +11,11 @@ from zoo.keymap import (
     torch_conv,
     torch_layer_norm,
     torch_linear,
+    torch_pointwise,
 )
 from zoo.registry import IMAGENET_MEAN, IMAGENET_STD, PretrainedCfg
 from zoo.relative_bias import resize_table
-from zoo.transforms import Axes, head_interleaved, identity, pointwise
+from zoo.transforms import Axes, head_interleaved, identity
 
 
 def _cfg(tag: str, *, num_classes: int = 1000, legacy: bool = False, crop_pct: float = 0.95) -> PretrainedCfg:
@@ -68,12 +69,6 @@ PRETRAINED = {
 _SPECIAL = dict(classifier=("params/head/kernel", "params/head/bias"), input_conv=("params/stem/conv1/kernel",))
 
 
-def _torch_pointwise(source: str, target: str, *, bias: bool = True, **where: Any) -> tuple[Rule, ...]:
-    """Rules for a torch 1x1 `Conv2d` as a `Linear` at module path `target`."""
-    kernel = Rule(f"{source}.weight", f"params/{target}/kernel", pointwise, where)
-    return (kernel, Rule(f"{source}.bias", f"params/{target}/bias", where=where)) if bias else (kernel,)
-
-
 def _timm(model: nn.Module) -> KeyMap:
     """Names of timm's `maxxvit.py`."""
     conv, mbconv = "stages.{i}.blocks.{j}.conv", "stages_{i}_{j}/mbconv"
@@ -84,15 +79,15 @@ def _timm(model: nn.Module) -> KeyMap:
         *torch_conv("stem.conv1", "stem/conv1", bias=bias),
         *torch_batch_norm("stem.norm1", "stem/norm1"),
         *torch_conv("stem.conv2", "stem/conv2", bias=bias),
-        *_torch_pointwise(f"{conv}.shortcut.expand", f"{mbconv}/shortcut", bias=bias),
+        *torch_pointwise(f"{conv}.shortcut.expand", f"{mbconv}/shortcut", bias=bias),
         *torch_batch_norm(f"{conv}.pre_norm", f"{mbconv}/pre_norm"),
-        *_torch_pointwise(f"{conv}.conv1_1x1", f"{mbconv}/expand", bias=False),
+        *torch_pointwise(f"{conv}.conv1_1x1", f"{mbconv}/expand", bias=False),
         *torch_batch_norm(f"{conv}.norm1", f"{mbconv}/expand_norm"),
         *torch_conv(f"{conv}.conv2_kxk", f"{mbconv}/depthwise", bias=False),
         *torch_batch_norm(f"{conv}.norm2", f"{mbconv}/depthwise_norm"),
-        *_torch_pointwise(f"{conv}.se.fc1", f"{mbconv}/se/fc1"),
-        *_torch_pointwise(f"{conv}.se.fc2", f"{mbconv}/se/fc2"),
-        *_torch_pointwise(f"{conv}.conv3_1x1", f"{mbconv}/project", bias=bias),
+        *torch_pointwise(f"{conv}.se.fc1", f"{mbconv}/se/fc1"),
+        *torch_pointwise(f"{conv}.se.fc2", f"{mbconv}/se/fc2"),
+        *torch_pointwise(f"{conv}.conv3_1x1", f"{mbconv}/project", bias=bias),
         *torch_layer_norm(f"{attend}.norm1", f"{block}/norm1", **where),
         *_timm_attention(model, f"{attend}.attn", f"{block}/attention", where),
         *torch_layer_norm(f"{attend}.norm2", f"{block}/norm2", **where),
