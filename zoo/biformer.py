@@ -23,6 +23,8 @@ from zoo.layers import (
     LayerNorm,
     Linear,
     Mlp,
+    PatchEmbed,
+    PatchMerge,
     exact_gelu,
     mean_of_tokens,
     rematerialize,
@@ -72,36 +74,18 @@ class Stem(nn.Module):
         return BatchNorm(name="norm2", **like)(x, train)
 
 
-class SwinStem(nn.Module):
-    """The stem of Swin-T's layout: a convolution of patches, then a norm."""
-
-    features: int
-    patch: int
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
-        like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = Conv(self.features, self.patch, self.patch, name="conv", **like)(x)
-        return BatchNorm(name="norm", **like)(x, train)
-
-
 class Downsample(nn.Module):
-    """An overlapping convolution of stride 2, then a norm; in Swin-T's layout the norm, then one of 2 x 2 patches."""
+    """An overlapping convolution of stride 2, then a norm."""
 
     features: int
-    swin_layout: bool
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
         like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = BatchNorm(name="norm", **like)
-        if self.swin_layout:
-            return Conv(self.features, 2, 2, name="conv", **like)(norm(x, train))
-        return norm(Conv(self.features, 3, 2, 1, name="conv", **like)(x), train)
+        x = Conv(self.features, 3, 2, 1, name="conv", **like)(x)
+        return BatchNorm(name="norm", **like)(x, train)
 
 
 class BiFormer(ImageModel):
@@ -226,10 +210,11 @@ class BiFormer(ImageModel):
         like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         rates = iter(self.drop_path_rates())
         if self.swin_layout:
-            self.stem = SwinStem(self.dims[0], math.prod(self.stem_strides), **like)
+            self.stem = PatchEmbed(self.dims[0], math.prod(self.stem_strides), **like)
         else:
             self.stem = Stem(self.dims[0], self.stem_strides, **like)
-        self.downsamples = [Downsample(dim, self.swin_layout, **like) for dim in self.dims[1:]]
+        downsample = PatchMerge if self.swin_layout else Downsample
+        self.downsamples = [downsample(dim, **like) for dim in self.dims[1:]]
         block = rematerialize(Block, self.remat, static_argnums=(2,))
         self.stages = [
             [block(self._attention(i), next(rates), self.mlp_ratio, not self.swin_layout, **like) for _ in range(depth)]

@@ -4,7 +4,6 @@ Follows the official code (github.com/zhouyuan888888/CARE-Transformer), on which
 the paper's text says less or something else, the code decides.
 """
 
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.nn import initializers
@@ -17,12 +16,13 @@ from zoo.care_weights import KEY_MAPS, PRETRAINED
 from zoo.image_model import ImageModel, layers_of
 from zoo.layers import (
     BatchNorm,
-    Conv,
     DepthwiseConv,
     DropPath,
     Dtype,
     LayerNorm,
     Linear,
+    PatchEmbed,
+    PatchMerge,
     exact_gelu,
     mean_of_tokens,
     normal02_init,
@@ -118,34 +118,6 @@ class Block(nn.Module):
         return x + DropPath(self.drop_path)((full + out) * gamma.astype(out.dtype), train)
 
 
-class Stem(nn.Module):
-    """Patches that do not overlap, then the norm."""
-
-    features: int
-    patch: int
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
-        like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        x = Conv(self.features, self.patch, self.patch, name="conv", **_INIT, **like)(x)
-        return BatchNorm(name="norm", **like)(x, train)
-
-
-class Downsample(nn.Module):
-    """The norm, then patches of 2x2 tokens; an odd row or column at the end is left out."""
-
-    features: int
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
-        like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        return Conv(self.features, 2, 2, name="conv", **_INIT, **like)(BatchNorm(name="norm", **like)(x, train))
-
-
 class CARE(ImageModel):
     """CARE Transformer for images of any height and width of at least the total stride, which need not divide.
 
@@ -202,8 +174,8 @@ class CARE(ImageModel):
         like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         rates = self.drop_path_rates()
         block = rematerialize(Block, self.remat, static_argnums=(2,))
-        self.stem = Stem(4 * self.memory_dims[0], self.patch, **like)
-        self.downsamples = [Downsample(4 * memory, **like) for memory in self.memory_dims[1:]]
+        self.stem = PatchEmbed(4 * self.memory_dims[0], self.patch, **_INIT, **like)
+        self.downsamples = [PatchMerge(4 * memory, **_INIT, **like) for memory in self.memory_dims[1:]]
         self.stages = [
             [
                 block(

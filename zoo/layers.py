@@ -194,6 +194,44 @@ class BatchNorm(nn.BatchNorm):
         return super().__call__(x, use_running_average=not train)
 
 
+class PatchEmbed(nn.Module):
+    """A convolution over patches that do not overlap, then a batch norm.
+
+    What is left over at the bottom and the right is dropped.
+    """
+
+    features: int
+    patch: int
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = torch_conv_init
+    bias_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
+        like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        init = dict(kernel_init=self.kernel_init, bias_init=self.bias_init)
+        x = Conv(self.features, self.patch, self.patch, name="conv", **init, **like)(x)
+        return BatchNorm(name="norm", **like)(x, train)
+
+
+class PatchMerge(nn.Module):
+    """A batch norm, then a convolution over patches of 2x2 tokens; an odd row or column at the end is dropped."""
+
+    features: int
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    kernel_init: Initializer = torch_conv_init
+    bias_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"], train: bool) -> Float[Array, "B h w D"]:
+        like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        init = dict(kernel_init=self.kernel_init, bias_init=self.bias_init)
+        x = BatchNorm(name="norm", **like)(x, train)
+        return Conv(self.features, 2, 2, name="conv", **init, **like)(x)
+
+
 class SqueezeExcite(nn.Module):
     """Scales every channel by a gate that is computed from the means of all channels.
 
