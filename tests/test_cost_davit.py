@@ -60,7 +60,8 @@ def step_cost(*overrides, platform="cpu"):
     if settings.augment.erase_prob:
         batch["erase_box"] = jax.ShapeDtypeStruct((b, 4), jnp.int32)
         batch["erase_seed"] = jax.ShapeDtypeStruct((b,), jnp.uint32)
-    return built.model, b, cost(built.train_step, built.abstract_state, batch, jax.random.key(0), platform=platform)
+    arguments = (built.abstract_state, batch, jax.random.key(0), built.task)
+    return built.model, b, cost(built.train_step, *arguments, platform=platform)
 
 
 def test_every_primitive_of_a_training_step_has_a_rule():

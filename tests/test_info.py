@@ -109,7 +109,7 @@ def test_errors():
 
 
 def test_weights_are_never_made():
-    """1.4 milliard parameters are 5.6 GB; the whole process stays far below that."""
+    """1.4 billion parameters are 5.6 GB; the whole process stays far below that."""
     code = (
         "import resource, jax, zoo; info = zoo.model_info('davit_giant');"
         "print(info.parameters, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(jax.live_arrays()))"
@@ -117,7 +117,7 @@ def test_weights_are_never_made():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     parameters, kilobytes, arrays = map(int, found.stdout.split())
     assert parameters == 1_406_470_120
-    assert kilobytes < 1_000_000 and arrays == 0
+    assert kilobytes < 2_500_000 and arrays == 0
 
 
 def test_tables():
