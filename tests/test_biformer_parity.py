@@ -241,13 +241,16 @@ def test_round_trip_is_bit_equal(name, tmp_path):
         np.testing.assert_array_equal(saved[key], value, err_msg=key)
 
 
-def test_checkpoint_of_the_authors_training(tmp_path):
-    """Their files hold the weights under `model`, and with them what the training needed."""
+def test_checkpoint_of_the_authors_training():
+    """Their files hold the weights under `model`, and averages that the authors do not evaluate."""
     record, weights, model, variables, _ = tiny()
-    wrapped = {"model": weights, "optimizer": {"state": {}}, "epoch": 299}
-    _, again, report = zoo.load_pretrained("biformer_tiny.in1k", wrapped, num_classes=100)
-    assert "model" in str(report)
-    jax.tree.map(np.testing.assert_array_equal, variables, again)
+    averages = {name: value + 1 for name, value in weights.items()}
+    wrapped = {"model": weights, "model_ema": averages, "optimizer": {"state": {}}, "epoch": 299}
+    for name in ("biformer_tiny.in1k", "biformer_tiny"):
+        _, again, report = zoo.load_pretrained(name, wrapped, num_classes=100)
+        assert report.weights == "raw" and "model" in report.unwrapped
+        jax.tree.map(np.testing.assert_array_equal, variables, again)
+    assert zoo.load_pretrained("biformer_tiny", wrapped, num_classes=100, weights="ema")[2].weights == "ema"
 
 
 def test_key_maps_have_no_rule_to_spare():

@@ -279,5 +279,6 @@ register(
         key_maps=KEY_MAPS,
         sharding_rules=SHARDING_RULES,
         layers=layers_of,
+        evaluated="raw",
     )
 )

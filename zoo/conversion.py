@@ -112,7 +112,8 @@ def convert(
     elif naming is None:
         naming = next(iter(family.key_maps)) if report.format == "orbax" else report.naming
     leaves = flatten(variables)
-    names = Names(_key_map(family, model, leaves, report), open_source(source, weights), weights)
+    opened = open_source(source, weights, default=family.evaluated)
+    names = Names(_key_map(family, model, leaves, report), opened, weights)
     resized = {} if naming == report.naming else report.resized
     wanted = None if dtype is None else jnp.dtype(dtype)
     if naming == report.naming and format != "orbax":

@@ -5,6 +5,7 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -59,7 +60,8 @@ def load_pretrained(
             graphs do), `"bicubic"` or `"geometric"` (steps that grow geometrically from the centre, as timm's).
         naming: the source's names, a key of the family's `key_maps` or `"zoo"` for the variables' own paths;
             None detects them.
-        weights: `"ema"` or `"raw"` where the source holds both; None takes the moving average.
+        weights: `"ema"` or `"raw"` where the source holds both; None takes the moving average, but of BiFormer's
+            files the raw weights, which its authors evaluate.
         seed: for the fresh classifier.
         **overrides: fields of the model, as in `create_model`.
 
@@ -91,7 +93,10 @@ def load_pretrained(
     if named:
         cfg = registry.pretrained_cfg(source)
     fetch = named or source is None
-    opened = _fetched(model_name, cfg, weights) if fetch else open_source(source, weights)
+    path = _fetched(model_name, cfg) if fetch else source
+    opened = open_source(path, weights, default=family.evaluated)
+    if fetch:
+        _check_cached(path, opened)
     digest = _check_digest(cfg, opened)
 
     leaves = _abstract_leaves(model)
@@ -270,21 +275,22 @@ def _detect_naming(family: registry.Family, model: nn.Module, leaves: Iterable[s
     return best
 
 
-def _fetched(model_name: str, cfg: registry.PretrainedCfg | None, weights: str | None) -> Source:
-    """The published weights, as the hub has them."""
+def _fetched(model_name: str, cfg: registry.PretrainedCfg | None) -> Path:
+    """The file of published weights, as the hub has it."""
     if cfg is None:
         tags = registry.list_models(f"{model_name}.*", pretrained=True)
         published = f"or name published weights: {', '.join(tags)}" if tags else "it has no published weights"
         raise ValueError(f"{model_name!r} alone names no weights: pass source=, {published}")
-    path = hub.fetch(cfg)
-    opened = open_source(path, weights)
+    return hub.fetch(cfg)
+
+
+def _check_cached(path: Path, opened: Source) -> None:
     stated = hub.stated_digest(path)
     if stated not in (None, opened.sha256):
         raise WeightsError(
             f"{path}: damaged in the cache, its sha256 is {opened.sha256}, the hub's is {stated}: delete"
             f" {path.resolve()} and load again"
         )
-    return opened
 
 
 def _check_digest(cfg: registry.PretrainedCfg | None, opened: Source) -> str:

@@ -81,7 +81,7 @@ def read_weights(source: Any, weights: str | None = None) -> dict[str, np.ndarra
     return dict(open_source(source, weights).arrays)
 
 
-def open_source(source: Any, weights: str | None = None) -> Source:
+def open_source(source: Any, weights: str | None = None, *, default: str = "ema") -> Source:
     """Opens a weight file, a checkpoint directory of the train loop, or a mapping of arrays.
 
     Args:
@@ -91,6 +91,7 @@ def open_source(source: Any, weights: str | None = None) -> Source:
             arrays.
         weights: `"ema"` for the moving average, `"raw"` for the weights as trained; None takes the average
             where there is one.
+        default: `"raw"` lets None take the weights as trained where a file or mapping has both.
 
     Raises:
         WeightsError: for a file that is missing, truncated, damaged, of no known format or that wants code
@@ -99,7 +100,7 @@ def open_source(source: Any, weights: str | None = None) -> Source:
     if weights not in (None, "ema", "raw"):
         raise ValueError(f"weights must be 'ema', 'raw' or None, got {weights!r}")
     if isinstance(source, Mapping):
-        return _select(source, weights, path=None, format="mapping", sha256=None)
+        return _select(source, weights, default, path=None, format="mapping", sha256=None)
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source must be a path or a mapping of arrays, got {type(source).__name__}")
     if (directory := orbax_dir.checkpoint_path(source)).is_dir():
@@ -116,7 +117,7 @@ def open_source(source: Any, weights: str | None = None) -> Source:
         tree, format = _read_file(path)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error.__cause__
-    return _select(tree, weights, path=str(path), format=format, sha256=file_sha256(path))
+    return _select(tree, weights, default, path=str(path), format=format, sha256=file_sha256(path))
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -273,7 +274,7 @@ def _read_npy(view: memoryview, name: str) -> np.ndarray:
 
 
 def _select(
-    tree: Any, weights: str | None, *, path: str | None, format: str, sha256: str | None
+    tree: Any, weights: str | None, default: str = "ema", *, path: str | None, format: str, sha256: str | None
 ) -> Source:
     """Unwraps outer dicts and prefixes, and chooses between raw and averaged weights."""
     where = path or "the mapping"
@@ -281,7 +282,8 @@ def _select(
         raise WeightsError(f"{where} holds a {type(tree).__name__}, not a dict of tensors")
     raw = next((name for name in _RAW_NAMES if isinstance(tree.get(name), Mapping)), None)
     ema = next((name for name in _EMA_NAMES if isinstance(tree.get(name), Mapping) and tree[name]), None)
-    chosen, kind = (ema, "ema") if ema and weights != "raw" else (raw, "raw" if ema else None)
+    wanted = weights or (default if raw else "ema")
+    chosen, kind = (ema, "ema") if ema and wanted != "raw" else (raw, "raw" if ema else None)
     unwrapped, beside = (), ()
     if chosen is not None:
         beside = tuple(sorted(str(name) for name in tree if name not in (chosen, ema, raw)))

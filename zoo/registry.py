@@ -69,6 +69,7 @@ class Family:
         key_maps: naming scheme -> function from a model to its `KeyMap`; the first is the default for saving.
         sharding_rules: `(regex, axes)` pairs over parameter paths, first match wins; `axes` names one mesh
             axis (or None) per dimension of the parameter.
+        evaluated: which weights its authors evaluate where their files hold both, `"ema"` or `"raw"`.
         layers: from a model to `(layer_of, last)`, for layer-wise learning rates: `layer_of(path)` is 0 at the
             input and `last` at the head; `path` is a parameter's without the leading `params/`.
     """
@@ -80,6 +81,7 @@ class Family:
     key_maps: Mapping[str, Callable[[nn.Module], KeyMap]]
     sharding_rules: tuple[tuple[str, tuple[str | None, ...]], ...]
     layers: Callable[[nn.Module], tuple[Callable[[str], int], int]]
+    evaluated: Literal["ema", "raw"] = "ema"
 
 
 _FAMILIES: dict[str, Family] = {}

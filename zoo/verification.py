@@ -129,7 +129,8 @@ def verify(
             model_name, source, image_size=image_size, resize=resize, naming=naming, weights=weights, **overrides
         )
     except WeightsError as error:
-        return _misfit(name, tag, model, open_source(source, weights), error)
+        opened = open_source(source, weights, default=registry.family_of(model_name).evaluated)
+        return _misfit(name, tag, model, opened, error)
     rungs = (
         Rung("names and shapes", "passed", _what_fitted(report)),
         _counts(model, loaded, report),
