@@ -135,8 +135,8 @@ def test_float64():
     assert_features(features, record, FLOAT64_TOLERANCE)
 
 
-# Each row of the fact sheet's table: five logits, their mean and (unbiased) standard deviation, and the first logit
-# of either head. It was made by the authors' code, and again by an implementation of the sheet's own words.
+# What the authors' code computes from weights and images that closed forms give, each row: five
+# logits, their mean and (unbiased) standard deviation, and the first logit of either head.
 GOLDEN = {
     ("care_s0", "224x224"): (-0.39431, -1.12532, 1.08166, 0.47145, -1.31769, -0.001415, 0.957352, -0.49859, -0.29003),
     ("care_s0", "96x64"): (-0.40717, -1.11724, 1.08947, 0.45848, -1.31739, -0.001419, 0.957002, -0.50847, -0.30588),

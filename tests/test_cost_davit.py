@@ -12,7 +12,7 @@ from train import config, program, sources
 
 
 def davit_products(model, size):
-    """Multiply-adds of DaViT by the fact sheet's formulas, for sizes without padded windows.
+    """Multiply-adds of DaViT by formulas, for sizes without padded windows.
 
     Returns:
         Those of the linear layers, of attention, of the convolutions between stages, of the depthwise
