@@ -116,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.cache_compiled_programs()
     try:
         result = _score_run(arguments) if arguments.workdir else _score_weights(arguments)
-    except (ValueError, TypeError, OSError, NotImplementedError, CheckpointError, zoo.WeightsError) as error:
+    except (
+        *(ValueError, TypeError, OSError, ImportError, NotImplementedError),
+        *(CheckpointError, zoo.WeightsError),
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(metrics.final_line(result), flush=True)
@@ -152,6 +155,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--model needs --data and --split")
     if arguments.data and not arguments.split:
         parser.error("--data needs --split")
+    if arguments.image_size is not None and arguments.image_size < 1:
+        parser.error(f"--image-size must be at least 1, got {arguments.image_size}")
     return arguments
 
 

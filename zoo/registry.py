@@ -200,5 +200,9 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         fields.update(num_classes=cfg.num_classes, in_chans=cfg.in_chans)
     model = family.module(**{**fields, **overrides})
     if isinstance(model, ImageModel):
+        if model.in_chans < 1 or model.num_classes < 0:
+            raise ValueError(
+                f"in_chans must be at least 1 and num_classes at least 0, got {model.in_chans} and {model.num_classes}"
+            )
         model.check_image_size(*model.input_size())
     return model
