@@ -7,17 +7,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from zoo import registry
 from zoo.errors import WeightsError
-from zoo.keymap import KeyMap, flatten, identity_map, unflatten
+from zoo.keymap import flatten, unflatten
 from zoo.matching import Names
 from zoo.orbax_writer import holds_steps_only, write_checkpoint
-from zoo.pretrained import OWN_NAMING, load_pretrained, save_pretrained
-from zoo.readers import open_source
+from zoo.pretrained import (
+    OWN_NAMING,
+    check_naming,
+    key_map_of,
+    load_pretrained,
+    open_weights,
+    save_pretrained,
+)
 from zoo.report import LoadReport
 from zoo.writers import SUFFIXES, write_weights
 
@@ -99,11 +104,11 @@ def convert(
     format = _format(target, naming)
     _check_free(target, overwrite)
     family = registry.family_of(name)
-    if naming not in (None, OWN_NAMING, *family.key_maps):
-        known = (*family.key_maps, OWN_NAMING)
-        raise ValueError(f"unknown naming {naming!r} of family {family.name!r}{registry.nearest(naming, known)}")
+    if naming is not None:
+        check_naming(family, naming)
+    opened = open_weights(name, source, weights)
     model, variables, report = load_pretrained(
-        name, source, weights=weights, image_size=image_size, resize=resize, **overrides
+        name, opened, weights=weights, image_size=image_size, resize=resize, **overrides
     )
     if report.replaced:
         raise ValueError("num_classes: only the source's number or 0 can be converted, another draws a new classifier")
@@ -112,8 +117,7 @@ def convert(
     elif naming is None:
         naming = next(iter(family.key_maps)) if report.format == "orbax" else report.naming
     leaves = flatten(variables)
-    opened = open_source(source, weights, default=family.evaluated)
-    names = Names(_key_map(family, model, leaves, report), opened, weights)
+    names = Names(key_map_of(family, model, report.naming, leaves), opened, weights)
     resized = {} if naming == report.naming else report.resized
     wanted = None if dtype is None else jnp.dtype(dtype)
     if naming == report.naming and format != "orbax":
@@ -151,13 +155,6 @@ def _check_free(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target} is a directory that holds more than checkpoints: it is never replaced")
     if target.suffix == "" and not target.is_dir():
         raise FileExistsError(f"{target} is a file, a checkpoint directory does not replace it")
-
-
-def _key_map(family: registry.Family, model: nn.Module, leaves: Mapping[str, Any], report: LoadReport) -> KeyMap:
-    """The map that read the source."""
-    if report.naming == OWN_NAMING:
-        return identity_map(leaves.keys(), next(iter(family.key_maps.values()))(model))
-    return family.key_maps[report.naming](model)
 
 
 def _stored(names: Names, path: str, value: Any, resized: bool) -> np.ndarray:

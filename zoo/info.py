@@ -13,7 +13,7 @@ import jax
 
 from kernels.cost import cost
 from zoo import registry
-from zoo.pretrained import example_input
+from zoo.pretrained import abstract_variables, example_input
 from zoo.tables import size, table
 
 HEAD = "head"
@@ -157,13 +157,6 @@ def sizes(model: nn.Module) -> tuple[int, int]:
     variables = abstract_variables(model)
     parameters = _numbers(variables["params"])
     return parameters, _numbers(variables) - parameters
-
-
-def abstract_variables(model: nn.Module, images: jax.ShapeDtypeStruct | None = None) -> Mapping[str, Any]:
-    """Shapes and dtypes of a model's variables, for its example input where none is given."""
-    images = example_input(model) if images is None else images
-    # The key is made inside, or it would be an array on a device.
-    return jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)
 
 
 def weights_of(name: str) -> list[str]:

@@ -65,6 +65,18 @@ def checkpoint_path(directory: epath.PathLike) -> epath.Path:
     return path if path.is_absolute() else path.resolve()
 
 
+def locate(path: epath.Path) -> tuple[epath.Path, int | None]:
+    """The directory of checkpoints that a run's directory, that directory itself or one of its steps stands for.
+
+    Returns:
+        The directory and the step, None where `path` is not that of a step.
+    """
+    if path.name.isdecimal() and (path / "state").is_dir():
+        return path.parent, int(path.name)
+    inside = path / "checkpoints"
+    return (inside if inside.is_dir() else path), None
+
+
 def list_steps(directory: epath.PathLike) -> list[int]:
     """Returns the numbers of the step folders in `directory`, ascending, good or not; none if it is absent."""
     try:

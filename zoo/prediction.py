@@ -40,9 +40,9 @@ class Preprocessing:
     source: str = ""
 
     @classmethod
-    def of(cls, cfg: PretrainedCfg) -> "Preprocessing":
-        """That of published weights."""
-        return cls(published_transform(cfg), cfg.std, f"as published with {cfg.tag}")
+    def of(cls, cfg: PretrainedCfg, image_size: int | tuple[int, int] | None = None) -> "Preprocessing":
+        """That of published weights; `image_size` takes the place of the one that they came with."""
+        return cls(published_transform(cfg, image_size), cfg.std, f"as published with {cfg.tag}")
 
     @property
     def channels(self) -> int:
@@ -228,13 +228,11 @@ def load_classifier(
     digits = data.get("name") == "digits" or (model_name.endswith("_nano") and model.num_classes == len(DIGITS))
     if data:
         size = size or (DIGITS_SIDE if digits else model.input_size())
-        transform = eval_transform(size, data["crop_pct"], data["interpolation"], mean=data["mean"])
+        crop_mode = data.get("crop_mode", "center")  # configs of older runs have none
+        transform = eval_transform(size, data["crop_pct"], data["interpolation"], crop_mode, mean=data["mean"])
         preprocessing = Preprocessing(transform, tuple(data["std"]), "as the run was evaluated")
     elif cfg is not None and len(cfg.mean) == model.in_chans:
-        preprocessing = Preprocessing.of(cfg)
-        if size:
-            transform = eval_transform(size, cfg.crop_pct, cfg.interpolation, cfg.crop_mode, mean=cfg.mean)
-            preprocessing = dataclasses.replace(preprocessing, transform=transform)
+        preprocessing = Preprocessing.of(cfg, size)
     else:
         size = size or model.input_size(default=DIGITS_SIDE if digits else 224)
         grey = model.in_chans == 1
@@ -250,9 +248,7 @@ def run_config(source: str | os.PathLike) -> dict[str, Any]:
     path = orbax_dir.checkpoint_path(source)
     if not path.is_dir():
         return {}
-    root, step = (path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
-    if root.name.isdecimal() and (root / "state").is_dir():
-        root, step = root.parent, int(root.name)
+    root, step = orbax_dir.locate(path)
 
     def attempt(number: int) -> dict[str, Any]:
         place = root / str(number)

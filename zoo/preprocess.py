@@ -118,7 +118,7 @@ def eval_transform(
     return EvalTransform(size_pair(size), crop_pct, resample, crop_mode, mean_tuple(mean))
 
 
-def published_transform(cfg: PretrainedCfg, image_size: int | None = None) -> EvalTransform:
+def published_transform(cfg: PretrainedCfg, image_size: int | tuple[int, int] | None = None) -> EvalTransform:
     """The preprocessing of published weights; `image_size` takes the place of the one that they came with."""
     size = cfg.image_size if image_size is None else image_size
     return eval_transform(size, cfg.crop_pct, cfg.interpolation, cfg.crop_mode, mean=cfg.mean)

@@ -5,7 +5,6 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +29,7 @@ OWN_NAMING = "zoo"
 
 def load_pretrained(
     name: str,
-    source: str | os.PathLike | Mapping[str, Any] | None = None,
+    source: str | os.PathLike | Mapping[str, Any] | Source | None = None,
     *,
     num_classes: int | None = None,
     in_chans: int | None = None,
@@ -82,26 +81,18 @@ def load_pretrained(
     model_name, tag = registry.split_tag(name)
     family = registry.family_of(model_name)
     if naming is not None:
-        _check_naming(family, naming)
+        check_naming(family, naming)
     if image_size is not None and "image_size" in {field.name for field in dataclasses.fields(family.module)}:
         overrides["image_size"] = image_size
     asked = {"num_classes": num_classes, "in_chans": in_chans}
     overrides |= {field: value for field, value in asked.items() if value is not None}
     model = registry.create_model(model_name, **overrides)
-    cfg = registry.pretrained_cfg(tag) if tag else None
-    named = isinstance(source, str) and source in registry.list_models(pretrained=True)
-    if named:
-        cfg = registry.pretrained_cfg(source)
-    fetch = named or source is None
-    path = _fetched(model_name, cfg) if fetch else source
-    opened = open_source(path, weights, default=family.evaluated)
-    if fetch:
-        _check_cached(path, opened)
-    digest = _check_digest(cfg, opened)
+    opened = open_weights(name, source, weights)
+    digest = _check_digest(_published(name, source), opened)
 
     leaves = _abstract_leaves(model)
     naming = naming or _detect_naming(family, model, leaves, opened)
-    names = Names(_key_map(family, model, naming, (*leaves, *opened.arrays)), opened, weights)
+    names = Names(key_map_of(family, model, naming, (*leaves, *opened.arrays)), opened, weights)
     classes = names.classes(leaves)
     found = {"num_classes": classes if names.key_map.has_classifier else 0, "in_chans": names.channels(leaves)}
     special = {"num_classes": names.key_map.classifier, "in_chans": names.key_map.input_conv}
@@ -109,7 +100,7 @@ def load_pretrained(
     if changed := {field: n for field, n in found.items() if asked[field] is None and n != getattr(model, field)}:
         model = registry.create_model(model_name, **overrides, **changed)
         leaves = _abstract_leaves(model)
-        names = Names(_key_map(family, model, naming, (*leaves, *opened.arrays)), opened, weights)
+        names = Names(key_map_of(family, model, naming, (*leaves, *opened.arrays)), opened, weights)
 
     headless = getattr(model, "features_only", False)
     dropped = frozenset(_abstract_leaves(model.clone(features_only=False)) if headless else ()) - leaves.keys()
@@ -175,12 +166,12 @@ def save_pretrained(
     """
     family = _family_of_model(model)
     naming = naming or next(iter(family.key_maps))
-    _check_naming(family, naming)
+    check_naming(family, naming)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating dtype or None, got {dtype!r}")
     leaves, values = _abstract_leaves(model), flatten(variables)
     _check_variables(values, leaves)
-    key_map = _key_map(family, model, naming, leaves)
+    key_map = key_map_of(family, model, naming, leaves)
     arrays: dict[str, Any] = {}
     nameless = []
     for leaf, value in values.items():
@@ -234,8 +225,15 @@ def example_input(model: nn.Module) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *size, model.in_chans), jnp.float32)
 
 
+def abstract_variables(model: nn.Module, images: jax.ShapeDtypeStruct | None = None) -> Mapping[str, Any]:
+    """Shapes and dtypes of a model's variables, for its example input where none is given."""
+    images = example_input(model) if images is None else images
+    # The key is made inside, or it would be an array on a device.
+    return jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)
+
+
 def _abstract_leaves(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
-    return flatten(jax.eval_shape(model.init, jax.random.key(0), example_input(model)))
+    return flatten(abstract_variables(model))
 
 
 def _initialise(model: nn.Module, paths: Iterable[str], seed: int) -> dict[str, jax.Array]:
@@ -249,13 +247,15 @@ def _initialise(model: nn.Module, paths: Iterable[str], seed: int) -> dict[str, 
     return draw(jax.random.key(seed))
 
 
-def _check_naming(family: registry.Family, naming: str) -> None:
+def check_naming(family: registry.Family, naming: str) -> None:
+    """Raises `ValueError` for a naming that the family does not have, with the nearest."""
     known = (*family.key_maps, OWN_NAMING)
     if naming not in known:
         raise ValueError(f"unknown naming {naming!r} of family {family.name!r}{registry.nearest(naming, known)}")
 
 
-def _key_map(family: registry.Family, model: nn.Module, naming: str, paths: Iterable[str]) -> KeyMap:
+def key_map_of(family: registry.Family, model: nn.Module, naming: str, paths: Iterable[str]) -> KeyMap:
+    """The key map of a naming; `paths` are all names that the variables' own paths may be under."""
     if naming == OWN_NAMING:
         like = next(iter(family.key_maps.values()))(model)
         return identity_map(frozenset(paths), like)
@@ -275,22 +275,42 @@ def _detect_naming(family: registry.Family, model: nn.Module, leaves: Iterable[s
     return best
 
 
-def _fetched(model_name: str, cfg: registry.PretrainedCfg | None) -> Path:
-    """The file of published weights, as the hub has it."""
+def open_weights(
+    name: str, source: str | os.PathLike | Mapping[str, Any] | Source | None, weights: str | None = None
+) -> Source:
+    """The source of a model's weights as `load_pretrained` finds it, which takes what this returns as its source.
+
+    Args:
+        name: a model name, or a full tag.
+        source, weights: as in `load_pretrained`; what is open already stays as it is.
+    """
+    if isinstance(source, Source):
+        return source
+    cfg = _published(name, source)
+    fetch = source is None or isinstance(source, str) and cfg is not None and cfg.tag == source
+    if not fetch:
+        return open_source(source, weights, default=registry.family_of(name).evaluated)
     if cfg is None:
-        tags = registry.list_models(f"{model_name}.*", pretrained=True)
+        tags = registry.list_models(f"{name}.*", pretrained=True)
         published = f"or name published weights: {', '.join(tags)}" if tags else "it has no published weights"
-        raise ValueError(f"{model_name!r} alone names no weights: pass source=, {published}")
-    return hub.fetch(cfg)
-
-
-def _check_cached(path: Path, opened: Source) -> None:
+        raise ValueError(f"{name!r} alone names no weights: pass source=, {published}")
+    path = hub.fetch(cfg)
+    opened = open_source(path, weights, default=registry.family_of(name).evaluated)
     stated = hub.stated_digest(path)
     if stated not in (None, opened.sha256):
         raise WeightsError(
             f"{path}: damaged in the cache, its sha256 is {opened.sha256}, the hub's is {stated}: delete"
             f" {path.resolve()} and load again"
         )
+    return opened
+
+
+def _published(name: str, source: Any) -> registry.PretrainedCfg | None:
+    """Of the tag that `source` is, else of that in `name`, if there is one."""
+    tag = registry.split_tag(name)[1]
+    if isinstance(source, str) and source in registry.list_models(pretrained=True):
+        tag = source
+    return registry.pretrained_cfg(tag) if tag else None
 
 
 def _check_digest(cfg: registry.PretrainedCfg | None, opened: Source) -> str:

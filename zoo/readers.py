@@ -127,10 +127,7 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def _open_directory(path: epath.Path, weights: str | None) -> Source:
-    # A run's directory, the checkpoints in it, or one step of them.
-    root, step = (path / "checkpoints" if (path / "checkpoints").is_dir() else path), None
-    if (root / "state").is_dir() and root.name.isdecimal():
-        root, step = root.parent, int(root.name)
+    root, step = orbax_dir.locate(path)
     try:
         step, state, _ = orbax_dir.read_state(root, step, only=("params", "model_state", "ema"))
     except orbax_dir.CheckpointError as error:

@@ -16,7 +16,7 @@ import numpy as np
 from zoo import registry
 from zoo.errors import WeightsError
 from zoo.info import sizes
-from zoo.pretrained import load_pretrained
+from zoo.pretrained import load_pretrained, open_weights
 from zoo.readers import Source, open_source
 from zoo.report import LoadReport
 from zoo.tables import table
@@ -124,12 +124,12 @@ def verify(
         raise ValueError(
             f"{reference}: its images have {expected.images.shape[-1]} channels, the model takes {model.in_chans}"
         )
+    opened = open_weights(name, source, weights)
     try:
         loaded, variables, report = load_pretrained(
-            model_name, source, image_size=image_size, resize=resize, naming=naming, weights=weights, **overrides
+            model_name, opened, image_size=image_size, resize=resize, naming=naming, weights=weights, **overrides
         )
     except WeightsError as error:
-        opened = open_source(source, weights, default=registry.family_of(model_name).evaluated)
         return _misfit(name, tag, model, opened, error)
     rungs = (
         Rung("names and shapes", "passed", _what_fitted(report)),
