@@ -3,9 +3,8 @@
     python -m train --config configs/imagenet.py:davit_tiny --workdir gs://bucket/davit_tiny \\
         --config.data.path=gs://bucket/tfds
 
-None of these has been trained to the end here yet; what the papers report is in the README. Any TFDS data set
-with features `image` and `label` takes ImageNet's place with --config.data.name=tfds:NAME. Weights to start from
-are given by --config.model.weights.
+None of these has been trained to the end here yet. Any TFDS data set with features `image` and `label` takes
+ImageNet's place with --config.data.name=tfds:NAME. Weights to start from are given by --config.model.weights.
 """
 
 import ml_collections
@@ -107,9 +106,8 @@ def _care(variant: str) -> ml_collections.ConfigDict:
 def _maxvit(variant: str) -> ml_collections.ConfigDict:
     """The official settings (github.com/google-research/maxvit, `hp/vision_i1k.py`).
 
-    timm's own designs (`rw`, `rmlp`), whose recipes are not published with the weights, get the same. Names that end
-    in 384 and 512 get the fine-tuning of weights trained at 224, which it begins with a new
-    classifier and this with theirs:
+    timm's own designs (`rw`, `rmlp`), whose recipes are not known here, get the same. Names that end in 384 and 512
+    get the fine-tuning of weights trained at 224, which it begins with a new classifier and this with theirs:
 
         --config.model.weights=maxvit_tiny_tf_224.in1k
     """

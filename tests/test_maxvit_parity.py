@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import zoo
-from tests.parity import REFERENCE, assert_features, assert_gradients, assert_near, forward, part, reference
+from tests.parity import REFERENCE, assert_features, assert_gradients, assert_near, backward, forward, part, reference
 from tests.reference.weights import pseudo_images, pseudo_normal
 from zoo import registry
 from zoo.keymap import flatten
@@ -46,26 +46,11 @@ def double(variables):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
 
 
-@functools.cache
-def backward(model):
-    """A jitted function from variables and images to the gradients of sum(logits * direction)."""
-
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "1"})
-    def run(variables, images):
-        def objective(params):
-            logits = model.apply({**variables, "params": params}, images)
-            return (logits * pseudo_normal("direction", logits.shape).astype(logits.dtype)).sum()
-
-        return {**variables, "params": jax.grad(objective)(variables["params"])}
-
-    return run
-
-
 def assert_all_gradients(model, variables, record, size, tolerance, path):
     with jax.default_matmul_precision("highest"):
-        gradients = backward(model)(variables, images(size, jax.tree.leaves(variables)[0].dtype))
+        gradients, _ = backward(model)(variables, images(size, jax.tree.leaves(variables)[0].dtype))
     # Gradients are shaped like the parameters, so saving them gives every one its reference name.
-    zoo.save_pretrained(model, gradients, path)
+    zoo.save_pretrained(model, {**variables, "params": gradients}, path)
     named = {name: value for name, value in load_file(path).items() if "running_" not in name}
     assert_gradients(named, part(record, f"{size}/"), tolerance)
 

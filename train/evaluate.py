@@ -32,6 +32,8 @@ from train.sharding import batch_sharding, check_batch, make_mesh, place_batch
 from zoo import preprocess
 
 BATCH_SIZE = 128
+# What is wrong with arguments, data or weights, and not with the program.
+ERRORS = (ValueError, TypeError, OSError, ImportError, NotImplementedError, CheckpointError, zoo.WeightsError)
 
 
 def evaluate(
@@ -116,10 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.cache_compiled_programs()
     try:
         result = _score_run(arguments) if arguments.workdir else _score_weights(arguments)
-    except (
-        *(ValueError, TypeError, OSError, ImportError, NotImplementedError),
-        *(CheckpointError, zoo.WeightsError),
-    ) as error:
+    except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(metrics.final_line(result), flush=True)

@@ -188,9 +188,8 @@ def make(config: ml_collections.FrozenConfigDict, model: nn.Module, image_size: 
         if theirs != ours:
             raise ValueError(f"config.distill.teacher {name} has {field} {theirs}, the model has {ours}")
     cfg = registry.pretrained_cfg(tag) if tag else config.data
-    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(Classify)}
     return Distill(
-        **fields,
+        **vars(task),
         teacher=teacher,
         teacher_variables=variables,
         teacher_mean=tuple(cfg.mean),
