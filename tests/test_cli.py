@@ -114,7 +114,7 @@ def test_list_as_json(capsys):
         "name": "davit_nano",
         "parameters": 139_274,
         "macs": 3_706_368,
-        "image_size": [8, 8],
+        "input_size": [8, 8],
         "weights": [],
     }
     entries = json.loads(run(capsys, "list", "--json", "--pretrained")[1])
@@ -122,7 +122,7 @@ def test_list_as_json(capsys):
     for entry in entries:
         (cfg,) = entry["weights"]
         assert cfg["tag"] == entry["name"] and cfg["availability"] in ("published", "never released", "link dead")
-        assert entry["image_size"] == [cfg["image_size"]] * 2
+        assert entry["input_size"] == [cfg["image_size"]] * 2
         assert (entry["parameters"], entry["macs"]) == counts_of(entry["name"])
 
 

@@ -14,7 +14,7 @@ from tests import runs
 from train import config as config_lib
 from train import inputs, optim, program, sharding, sources, step, tasks
 from zoo import registry
-from zoo.pretrained import example_input
+from zoo.pretrained import abstract_variables
 
 MODEL = zoo.create_model("davit_nano", depths=(1,), dims=(8,), num_heads=(2,), in_chans=1)
 TASK = tasks.Classify(10, (0.5,), (0.5,), label_smoothing=0.1)
@@ -162,7 +162,7 @@ DISTINCT |= {"biformer_tiny", "biformer_stl", "biformer_stl_nchw", "care_s0", *z
 def test_every_parameter_has_a_place(name):
     mesh = sharding.make_mesh(dict(data=1, fsdp=2, tensor=4, sequence=1))
     model = zoo.create_model(name)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), example_input(model))
+    shapes = abstract_variables(model)
     rules = registry.family_of(name).sharding_rules
     split = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):

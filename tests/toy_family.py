@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from zoo import registry
+from zoo.image_model import ImageModel
 from zoo.keymap import KeyMap, Rule, flatten, torch_batch_norm, torch_conv, torch_layer_norm, torch_linear
 from zoo.registry import Family, PretrainedCfg
 from zoo.transforms import Axes, head_interleaved
@@ -16,14 +17,11 @@ from zoo.transforms import Axes, head_interleaved
 DIM, HEADS = 8, 2
 
 
-class Toy(nn.Module):
+class Toy(ImageModel):
     num_classes: int = 10
-    in_chans: int = 3
     image_size: int = 12
     depth: int = 2
     counts: bool = False
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images, train: bool = False):

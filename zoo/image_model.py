@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -41,6 +42,18 @@ class ImageModel(nn.Module):
     implementation: str | tuple[str, ...] | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
+
+    def check(self) -> None:
+        """Raises `ValueError` for fields that the model cannot have, such as an `image_size` that does not fit."""
+        if self.in_chans < 1 or self.num_classes < 0:
+            raise ValueError(
+                f"in_chans must be at least 1 and num_classes at least 0, got {self.in_chans} and {self.num_classes}"
+            )
+        self.check_image_size(*self.input_size())
+
+    def example_inputs(self, batch: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+        """Arguments of a call by name, as shapes and dtypes, of the size that the model is made for."""
+        return {"images": jax.ShapeDtypeStruct((batch, *self.input_size(), self.in_chans), jnp.float32)}
 
     @property
     def feature_info(self) -> tuple[tuple[int, int], ...]:

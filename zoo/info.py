@@ -13,7 +13,8 @@ import jax
 
 from kernels.cost import cost
 from zoo import registry
-from zoo.pretrained import abstract_variables, example_input
+from zoo.image_model import ImageModel
+from zoo.pretrained import abstract_variables
 from zoo.tables import size, table
 
 HEAD = "head"
@@ -27,8 +28,8 @@ class Stage:
     """One row of `ModelInfo`: the stem, the blocks of a stage, a downsampling between two, or the head.
 
     Attributes:
-        name: as in the variables' paths (`"stages_0"` for `params/stages_0_0/...`, `params/stages_0_1/...`);
-            `"head"` for all that comes after the last stage.
+        name: as in the variables' paths (`"stages_0"` for `params/stages_0_0/...`, `params/stages_0_1/...`,
+            `"blocks"` for `params/blocks_0/...`); `"head"` for all that belongs to none, most of which comes last.
         blocks: of a stage, else None.
         shape: of its output, the batch first.
         parameters: numbers in the collection `params`.
@@ -49,9 +50,10 @@ class ModelInfo:
     Attributes:
         name: of the model, or a full tag.
         family: name of the family's class.
-        batch: images at once.
-        image_size: height and width of the images; in_chans: their channels.
-        num_classes: of the classifier, 0 without one.
+        batch: images or rows of tokens at once.
+        image_size: height and width of the images; in_chans: their channels. None for a sequence model.
+        length: tokens in a row, None for an image model.
+        num_classes: of the classifier, 0 without one; of a sequence model the size of its vocabulary.
         stages: in the order in which they run; they add up to the totals.
         parameters: numbers in the collection `params`.
         statistics: numbers in all other collections, such as the running statistics of batch norms.
@@ -62,8 +64,9 @@ class ModelInfo:
     name: str
     family: str
     batch: int
-    image_size: tuple[int, int]
-    in_chans: int
+    image_size: tuple[int, int] | None
+    in_chans: int | None
+    length: int | None
     num_classes: int
     stages: tuple[Stage, ...]
     parameters: int
@@ -75,8 +78,14 @@ class ModelInfo:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
-        images = "one image" if self.batch == 1 else f"a batch of {self.batch} images"
-        into = f"{self.num_classes} classes" if self.num_classes else "features"
+        if self.image_size is None:
+            one, many, sizes = "one row of tokens", "rows of tokens", f"{self.length:,} tokens"
+            into = f"a vocabulary of {self.num_classes:,}"
+        else:
+            one, many, sizes = "one image", "images", size((*self.image_size, self.in_chans))
+            into = f"{self.num_classes} classes"
+        inputs = one if self.batch == 1 else f"a batch of {self.batch} {many}"
+        into = into if self.num_classes else "features"
         rows = [("stage", "blocks", "output", "parameters", "share", "MACs", "share")]
         for stage in self.stages:
             shape = stage.shape[1:] if self.batch == 1 else stage.shape
@@ -85,12 +94,12 @@ class ModelInfo:
         lines = table(rows, "<><>>>>")
         rule = "-" * max(map(len, lines))
         notes = [
-            f"MACs: multiply-adds of matrix products and convolutions in the forward pass of {images},",
+            f"MACs: multiply-adds of matrix products and convolutions in the forward pass of {inputs},",
             "those with the zeros of padding not among them.",
         ]
         if self.statistics:
             notes.append(f"Beside the parameters there are {self.statistics:,} running statistics.")
-        head = f"{self.name} ({self.family}): {size((*self.image_size, self.in_chans))} to {into}"
+        head = f"{self.name} ({self.family}): {sizes} to {into}"
         return "\n".join([head, "", lines[0], rule, *lines[1:-1], rule, lines[-1], "", *notes])
 
     def _shares(self, stage: Stage) -> tuple[str, str, str, str]:
@@ -103,7 +112,7 @@ def model_info(name: str, *, batch: int = 1, **overrides: Any) -> ModelInfo:
 
     Args:
         name: a model name or a full tag.
-        batch: images at once.
+        batch: images or rows of tokens at once.
         **overrides: as in `create_model`. Without an `image_size` the images have the size that the model, or else
             its published weights, are made for.
 
@@ -118,9 +127,8 @@ def traced(name: str, batch: int, overrides: Mapping[str, Any]) -> tuple[ModelIn
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     model = _sized(name, overrides)
-    image = example_input(model)
-    images = jax.ShapeDtypeStruct((batch, *image.shape[1:]), image.dtype)
-    variables = abstract_variables(model, images)
+    inputs = model.example_inputs(batch)
+    variables = abstract_variables(model)
     shapes: dict[str, tuple[int, ...]] = {}
 
     def note_shape(call, args, kwargs, context):
@@ -131,19 +139,21 @@ def traced(name: str, batch: int, overrides: Mapping[str, Any]) -> tuple[ModelIn
             shapes[_stage_of(path[0]) if path else HEAD] = arrays[0].shape
         return output
 
-    def forward(variables, images):
+    def forward(variables, inputs):
         with nn.intercept_methods(note_shape):
-            return model.apply(variables, images)
+            return model.apply(variables, **inputs)
 
-    counted = cost(forward, variables, images, platform=_PLATFORM)
+    counted = cost(forward, variables, inputs, platform=_PLATFORM)
     stages = _stages(shapes, variables, {scope: c.matmul_flops // 2 for scope, c in counted.by_scope.items()})
+    of_images = isinstance(model, ImageModel)
     info = ModelInfo(
         name=name,
         family=type(model).__name__,
         batch=batch,
-        image_size=tuple(image.shape[1:3]),
-        in_chans=image.shape[3],
-        num_classes=model.num_classes if HEAD in shapes else 0,
+        image_size=model.input_size() if of_images else None,
+        in_chans=model.in_chans if of_images else None,
+        length=None if of_images else model.length,
+        num_classes=(model.num_classes if of_images else model.vocab_size) if HEAD in shapes else 0,
         stages=stages,
         parameters=_numbers(variables["params"]),
         statistics=_numbers(variables) - _numbers(variables["params"]),
@@ -165,9 +175,10 @@ def weights_of(name: str) -> list[str]:
     return [tag] if tag else registry.list_models(f"{model}.*", pretrained=True)
 
 
-def input_size(name: str, **overrides: Any) -> tuple[int, int]:
-    """Height and width of the images that a model, or else its published weights, are made for."""
-    return tuple(example_input(_sized(name, overrides)).shape[1:3])
+def input_size(name: str, **overrides: Any) -> tuple[int, ...]:
+    """What a model, or else its published weights, are made for: an image's height and width, or tokens in a row."""
+    model = _sized(name, overrides)
+    return tuple(model.input_size()) if isinstance(model, ImageModel) else (model.length,)
 
 
 def _sized(name: str, overrides: Mapping[str, Any]) -> nn.Module:
@@ -176,12 +187,12 @@ def _sized(name: str, overrides: Mapping[str, Any]) -> nn.Module:
     if getattr(model, "image_size", 0) is None:
         if len(sizes := {registry.pretrained_cfg(tag).image_size for tag in weights_of(name)}) == 1:
             model = registry.create_model(name, **{**overrides, "image_size": sizes.pop()})
-    return model.clone(implementation="xla") if hasattr(model, "implementation") else model
+    return model.clone(implementation="xla")
 
 
 def _stage_of(module: str) -> str:
     """The row of a module at the top of the model, or of a collection's first key."""
-    if found := re.fullmatch(r"(stages_\d+)_\d+", module):
+    if found := re.fullmatch(r"(stages_\d+|(?:[a-z]+_)?blocks)_\d+", module):
         return found[1]
     return module if re.fullmatch(r"stem|downsamples_\d+", module) else HEAD
 
@@ -202,6 +213,10 @@ def _stages(
         found = (_stage_of(part.partition(".")[0]) for part in scope.split("/"))
         macs[next((stage for stage in found if stage != HEAD), HEAD)] += count
     return tuple(
-        Stage(stage, blocks[stage] if stage.startswith("stages_") else None, shape, parameters[stage], macs[stage])
+        Stage(
+            stage,
+            blocks[stage] if re.match(r"stages_|(?:[a-z]+_)?blocks$", stage) else None,
+            *(shape, parameters[stage], macs[stage]),
+        )
         for stage, shape in shapes.items()
     )

@@ -14,7 +14,6 @@ import numpy as np
 
 from zoo import hub, registry
 from zoo.errors import WeightsError
-from zoo.image_model import ImageModel
 from zoo.keymap import Entry, KeyMap, flatten, identity_map, unflatten
 from zoo.matching import Loader, Names
 from zoo.readers import Source, open_source
@@ -165,7 +164,7 @@ def save_pretrained(
         ValueError: for an unknown naming, or a suffix or dtype that cannot be written.
     """
     family = _family_of_model(model)
-    naming = naming or next(iter(family.key_maps))
+    naming = naming or next(iter(family.key_maps), OWN_NAMING)
     check_naming(family, naming)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be a floating dtype or None, got {dtype!r}")
@@ -219,17 +218,10 @@ def _check_variables(values: Mapping[str, Any], leaves: Mapping[str, jax.ShapeDt
         raise WeightsError("the variables are not those of the model", problems)
 
 
-def example_input(model: nn.Module) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an input that `model.init` takes."""
-    size = model.input_size() if isinstance(model, ImageModel) else (model.image_size, model.image_size)
-    return jax.ShapeDtypeStruct((1, *size, model.in_chans), jnp.float32)
-
-
-def abstract_variables(model: nn.Module, images: jax.ShapeDtypeStruct | None = None) -> Mapping[str, Any]:
-    """Shapes and dtypes of a model's variables, for its example input where none is given."""
-    images = example_input(model) if images is None else images
+def abstract_variables(model: nn.Module) -> Mapping[str, Any]:
+    """Shapes and dtypes of a model's variables."""
     # The key is made inside, or it would be an array on a device.
-    return jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)
+    return jax.eval_shape(lambda inputs: model.init(jax.random.key(0), **inputs), model.example_inputs())
 
 
 def _abstract_leaves(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
@@ -241,7 +233,8 @@ def _initialise(model: nn.Module, paths: Iterable[str], seed: int) -> dict[str, 
 
     @jax.jit
     def draw(key):
-        leaves = flatten(model.init(key, jnp.zeros(example_input(model).shape)))
+        inputs = {name: jnp.zeros(like.shape, like.dtype) for name, like in model.example_inputs().items()}
+        leaves = flatten(model.init(key, **inputs))
         return {path: leaves[path] for path in paths}
 
     return draw(jax.random.key(seed))
@@ -257,7 +250,7 @@ def check_naming(family: registry.Family, naming: str) -> None:
 def key_map_of(family: registry.Family, model: nn.Module, naming: str, paths: Iterable[str]) -> KeyMap:
     """The key map of a naming; `paths` are all names that the variables' own paths may be under."""
     if naming == OWN_NAMING:
-        like = next(iter(family.key_maps.values()))(model)
+        like = next(iter(family.key_maps.values()))(model) if family.key_maps else KeyMap(())
         return identity_map(frozenset(paths), like)
     return family.key_maps[naming](model)
 
@@ -270,7 +263,7 @@ def _detect_naming(family: registry.Family, model: nn.Module, leaves: Iterable[s
         shown = ", ".join(repr(name) for name in list(opened.arrays)[:5])
         raise WeightsError(
             f"{opened.path or 'the mapping'}: none of its {len(opened.arrays)} names is one of {family.name}'s"
-            f" ({', '.join(family.key_maps)}): {shown}, ..."
+            f" ({', '.join((*family.key_maps, OWN_NAMING))}): {shown}, ..."
         )
     return best
 

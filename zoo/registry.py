@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import flax.linen as nn
 
-from zoo.image_model import ImageModel
 from zoo.keymap import KeyMap
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -63,7 +62,8 @@ class Family:
 
     Attributes:
         name: short name of the family, e.g. `"davit"`.
-        module: the `flax.linen.Module` class; its dataclass fields are what `create_model` accepts.
+        module: the class, an `ImageModel` or a `SequenceModel`; its dataclass fields are what `create_model`
+            accepts.
         variants: model name -> the fields in which it differs from the class's defaults.
         pretrained: weights by full tag.
         key_maps: naming scheme -> function from a model to its `KeyMap`; the first is the default for saving.
@@ -180,12 +180,13 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     Args:
         name: a name of `list_models()`, with or without a weight tag. A tag sets `num_classes` and
             `in_chans` to those of its weights; nothing is loaded (see `load_pretrained`).
-        **overrides: fields of the family's module, such as `num_classes`, `in_chans`, `image_size`,
-            `features_only`, `drop_path_rate`, `dtype`, `param_dtype`, `implementation`, `remat`.
+        **overrides: fields of the family's module: of all `dtype`, `param_dtype`, `implementation`, `remat`; of an
+            image model `num_classes`, `in_chans`, `image_size`, `features_only`, `drop_path_rate`, of a sequence
+            model `vocab_size` and `length`; and others.
 
     Raises:
-        ValueError: for an unknown model or weight tag, with the nearest names; for an `image_size` that the model
-            cannot take, with the nearest that it can.
+        ValueError: for an unknown model or weight tag, with the nearest names; for fields that do not fit one
+            another or an `image_size` that the model cannot take, with the nearest that it can.
         TypeError: for an unknown override, with the nearest field.
     """
     model, tag = split_tag(name)
@@ -199,10 +200,5 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         cfg = family.pretrained[tag]
         fields.update(num_classes=cfg.num_classes, in_chans=cfg.in_chans)
     model = family.module(**{**fields, **overrides})
-    if isinstance(model, ImageModel):
-        if model.in_chans < 1 or model.num_classes < 0:
-            raise ValueError(
-                f"in_chans must be at least 1 and num_classes at least 0, got {model.in_chans} and {model.num_classes}"
-            )
-        model.check_image_size(*model.input_size())
+    model.check()
     return model

@@ -54,7 +54,7 @@ def _entry(name: str) -> dict[str, Any]:
         "name": name,
         "parameters": parameters,
         "macs": macs,
-        "image_size": input_size(name),
+        "input_size": input_size(name),
         "weights": weights,
     }
 
@@ -65,8 +65,7 @@ def _table(entries: list[dict[str, Any]], pretrained: bool) -> list[str]:
     rows = [(*names, "params", "MACs", "input", *(() if pretrained else ("weights",)), "availability", "licence")]
     for entry in entries:
         sizes = (scaled(entry["parameters"]), scaled(entry["macs"]))
-        height, width = entry["image_size"]
-        own = (entry["name"], *sizes, str(height) if height == width else f"{height}x{width}")
+        own = (entry["name"], *sizes, "x".join(map(str, dict.fromkeys(entry["input_size"]))))
         for weights in entry["weights"]:
             tag = () if pretrained else (weights["tag"].partition(".")[2],)
             rows.append((*own, *tag, weights["availability"], weights["license"]))
