@@ -12,7 +12,7 @@ from PIL import Image
 import zoo
 from tests import runs
 from train import config as config_lib
-from train import evaluate, loop, sources
+from train import evaluate, loop, sources, tasks
 from zoo import preprocess
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -61,12 +61,11 @@ def test_score_against_a_plain_loop(model, batch_size):
     module, variables = model
     dataset = sources.open_source("digits", split="test_last360")
     found = evaluate.score(
+        tasks.Classify(10, (0.5,), (0.25,)),
         module,
         variables,
         dataset,
         transform=preprocess.eval_transform(8, 1.0, mean=(0.5,)),
-        mean=(0.5,),
-        std=(0.25,),
         batch_size=batch_size,
     )
     images = np.stack([dataset.source[i]["image"] for i in range(84)]).astype(np.float64)

@@ -268,7 +268,8 @@ def test_wrong_arguments():
         load_pretrained("toy_tiny")
     with pytest.raises(ValueError, match="'toy_deep' alone names no weights: pass source=, it has no published"):
         load_pretrained("toy_deep")
-    with pytest.raises(WeightsError, match=r"none of its 1 names is one of toy's \(torch, tensorflow, tower, zoo\): 'x'"):
+    known = r"none of its 1 names is one of toy's \(torch, tensorflow, tower, zoo\): 'x'"
+    with pytest.raises(WeightsError, match=known):
         load_pretrained("toy_tiny", {"x": np.ones(3)})
 
 

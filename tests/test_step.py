@@ -23,7 +23,7 @@ RATE = 0.5
 
 @functools.cache
 def first_state(ema: bool = False) -> step.TrainState:
-    init = functools.partial(step.init_state, MODEL, optax.sgd(RATE), jnp.zeros((1, 8, 8, 1)), seed=0, ema=ema)
+    init = functools.partial(step.init_state, MODEL, optax.sgd(RATE), dict(images=jnp.zeros((1, 8, 8, 1))), seed=0, ema=ema)
     return jax.jit(init)()
 
 

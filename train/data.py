@@ -15,8 +15,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from train.sequences import SequenceSet
 from train.sources import Dataset
-from zoo.preprocess import decode
 
 Batch = dict[str, np.ndarray]
 TrainTransform = Callable[[dict[str, Any], np.random.Generator], Mapping[str, Any]]
@@ -35,7 +35,7 @@ class DataPosition:
     examples: int
     fingerprint: str
 
-    def check(self, dataset: Dataset) -> None:
+    def check(self, dataset: Dataset | SequenceSet) -> None:
         """Raises ValueError unless `dataset` is the one that this position belongs to."""
         if dataset.fingerprint != self.fingerprint:
             raise ValueError(
@@ -71,9 +71,8 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 class _View:
     """The batches of one process by their number: what grain reads, possibly in another process."""
 
-    dataset: Dataset
+    dataset: Dataset | SequenceSet
     transform: Callable[..., Mapping[str, Any]]
-    channels: int
     batch_size: int
     process_index: int
     process_count: int
@@ -98,13 +97,10 @@ class _View:
         return range(first, first + per_process)
 
     def record(self, index: int, *randomness: np.random.Generator) -> dict[str, Any]:
-        example = self.dataset.source[index]
-        label, name = example["label"], f"example {index} of the {self.dataset.name}"
-        if "file" in example:
-            name += f" ({example['file']})"
-        image = decode(example["image"], channels=self.channels, name=name)
-        record = dict(self.transform({"image": image, "label": label, "index": index}, *randomness))
-        record["label"] = np.int32(record.get("label", label))
+        example = self.dataset.read(index)
+        record = dict(self.transform(example, *randomness))
+        if "label" in example:
+            record["label"] = np.int32(record.get("label", example["label"]))
         return record
 
 
@@ -236,7 +232,7 @@ class TrainBatches(Batches):
 
 
 def train_iterator(
-    dataset: Dataset,
+    dataset: Dataset | SequenceSet,
     *,
     batch_size: int,
     seed: int,
@@ -255,33 +251,32 @@ def train_iterator(
     `shuffled` gives the order, and the randomness of an example is keyed by (seed, index, epoch, repetition).
 
     Args:
-        dataset: from `open_source`.
+        dataset: images (`train.sources.open_source`) or sequences (`train.sequences.SequenceSet`).
         batch_size: rows of the global batch, a multiple of `process_count`.
         seed: of the order and of the transform's randomness.
-        transform: called as transform(example, rng) with {"image": uint8 (H, W, channels), not to be written to;
-            "label": int; "index": int} and the example's own np.random.Generator. It returns a dict of arrays of
-            one shape each. With `workers` it must be picklable.
+        transform: called as transform(example, rng) with what `dataset.read` gives, not to be written to, and the
+            example's own np.random.Generator. It returns a dict of arrays of one shape each. With `workers` it must
+            be picklable.
         start: global example number to begin with, `DataPosition.examples` when resuming.
         process_index: which of the equal slices of each global batch to give.
         process_count: how many slices there are.
         workers: number of worker processes; 0 makes the batches in threads of this process.
         prefetch: batches made ahead, by as many threads; with workers, batches made ahead by each worker.
-        channels: 1 or 3; None means the data set's own.
+        channels: of images, 1 or 3; None means the data set's own.
         repeats: how many times in a row each example comes, each time augmented differently; an epoch keeps its
             length and so visits one in `repeats` of the examples (repeated augmentation, Hoffer et al.,
             arXiv:1901.09335).
 
     Returns:
-        Iterator over dicts of arrays (batch_size / process_count, ...): what the transform returned, "label" int32
-        and "index" int32, the examples' places in the data set.
+        Iterator over dicts of arrays (batch_size / process_count, ...): what the transform returned, of images also
+        "label" int32, and "index" int32, the examples' places in the data set.
 
     Raises:
         ValueError: an argument out of range, or a batch size that the processes cannot share equally.
     """
     view = _TrainView(
-        dataset,
+        _with_channels(dataset, channels),
         transform,
-        dataset.channels if channels is None else channels,
         batch_size,
         process_index,
         process_count,
@@ -293,7 +288,7 @@ def train_iterator(
 
 
 def eval_iterator(
-    dataset: Dataset,
+    dataset: Dataset | SequenceSet,
     *,
     batch_size: int,
     transform: EvalTransform,
@@ -311,21 +306,24 @@ def eval_iterator(
 
     Returns:
         Iterator over ceil(len(dataset) / batch_size) dicts of arrays (batch_size / process_count, ...): what the
-        transform returned, "label" int32, and "mask" bool: False marks the padding of the last batch. All processes
-        get the same number of batches.
+        transform returned, of images also "label" int32, and "mask" bool: False marks the padding of the last batch.
+        All processes get the same number of batches.
 
     Raises:
         ValueError: as in `train_iterator`.
     """
     view = _EvalView(
-        dataset,
+        _with_channels(dataset, channels),
         transform,
-        dataset.channels if channels is None else channels,
         batch_size,
         process_index,
         process_count,
     )
     return Batches(view, workers=workers, prefetch=prefetch)
+
+
+def _with_channels(dataset: Dataset | SequenceSet, channels: int | None) -> Dataset | SequenceSet:
+    return dataset if channels is None else dataclasses.replace(dataset, channels=channels)
 
 
 def _prepare_worker(worker_index: int, worker_count: int) -> None:

@@ -9,6 +9,7 @@ the preprocessing that they were published with. What is printed on stdout is on
 """
 
 import argparse
+import dataclasses
 import functools
 import re
 import sys
@@ -28,8 +29,10 @@ import zoo
 from train import config as config_lib
 from train import data, host, inputs, leaves, metrics, program, sources, tasks
 from train.checkpoint import CheckpointError, read_state
+from train.sequences import SequenceSet
 from train.sharding import batch_sharding, check_batch, make_mesh, place_batch
 from zoo import preprocess
+from zoo.pretrained import abstract_variables
 
 BATCH_SIZE = 128
 # What is wrong with arguments, data or weights, and not with the program.
@@ -41,67 +44,57 @@ def evaluate(
     variables: Any,
     batches: Iterable[dict[str, np.ndarray]],
     rows: NamedSharding,
+    summarize: Callable[[dict[str, Any]], dict[str, float]],
 ) -> dict[str, float]:
-    """Means over all unmasked examples.
+    """The metrics of all unmasked examples.
 
     Args:
-        eval_step: `(variables, batch) -> sums`, `count` among them.
+        eval_step: `(variables, batch) -> sums`.
         variables: what the model takes.
         batches: padded and masked batches (`train.data.eval_iterator`), this process's rows of each.
         rows: sharding of a batch.
-
-    Returns:
-        Every sum of `eval_step` but `count`, divided by the count; integers are added exactly, floats in float64.
+        summarize: from the sums of all batches, integers added exactly and floats in float64, to metrics: that of
+            the task (`train.tasks`).
     """
     totals: dict[str, Any] = {}
     for batch in batches:
         sums = jax.device_get(eval_step(variables, place_batch(batch, rows)))
         for name, value in sums.items():
             totals[name] = totals.get(name, 0) + value.item()
-    count = totals.pop("count")
-    return {name: total / count for name, total in totals.items()}
+    return summarize(totals)
 
 
 def score(
+    task: tasks.Task,
     model: nn.Module,
     variables: Any,
-    dataset: sources.Dataset,
+    dataset: sources.Dataset | SequenceSet,
     *,
     transform: preprocess.EvalTransform,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
     batch_size: int = BATCH_SIZE,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Accuracy, top-5 accuracy and loss of a classifier, over all devices.
+    """The task's metrics of a model, over all devices.
 
     Args:
-        model: a classifier; its `dtype` is that of the images too.
+        task: what is measured.
+        model: the model.
         variables: its variables.
         dataset: what to score it on.
         transform: the host's preprocessing.
-        mean, std: per channel, for values in [0, 1].
         batch_size: a multiple of the number of devices; does not change the result but for rounding.
         workers: reader processes.
 
     Raises:
-        ValueError: if the batch does not divide, or the model has another number of classes.
+        ValueError: if the batch does not divide.
     """
-    if model.num_classes != dataset.num_classes:
-        raise ValueError(
-            f"the model has {model.num_classes} classes, {dataset.name} has {dataset.num_classes}; "
-            "score it on a data set with the classes that it was trained on"
-        )
     mesh = make_mesh(dict(data=-1, fsdp=1, tensor=1, sequence=1))
     check_batch("batch size", batch_size, mesh)
     replicated, rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
-    task = tasks.Classify(dataset.num_classes, tuple(mean), tuple(std), dtype=model.dtype or jnp.float32)
     eval_step = jax.jit(functools.partial(task.evaluate, model), out_shardings=replicated)
-    batches = data.eval_iterator(
-        dataset, batch_size=batch_size, transform=transform, workers=workers, channels=len(mean)
-    )
+    batches = data.eval_iterator(dataset, batch_size=batch_size, transform=transform, workers=workers)
     with batches:
-        return evaluate(eval_step, jax.device_put(variables, replicated), batches, rows)
+        return evaluate(eval_step, jax.device_put(variables, replicated), batches, rows, task.summarize)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,9 +161,10 @@ def _score_run(arguments: argparse.Namespace) -> dict[str, Any]:
     averaged = bool(state.get("ema")) and not arguments.raw
     variables = state["ema"] if averaged else {"params": state["params"], **state.get("model_state", {})}
     print(f"{directory / str(step)}{', running averages' * averaged}", file=sys.stderr)
-    name, path = (arguments.data, arguments.path) if arguments.data else (config.data.name, config.data.path)
+    if arguments.data:
+        config.data.name, config.data.path = arguments.data, None
     if arguments.path:
-        path = arguments.path
+        config.data.path = arguments.path
     splits = inputs.eval_splits(config)
     if arguments.split:
         splits = {re.sub(r"\W+", "_", arguments.split).strip("_"): arguments.split}
@@ -178,19 +172,18 @@ def _score_run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("the run evaluates nothing; name a --split")
     result: dict[str, Any] = {"step": step}
     for prefix, split in splits.items():
-        dataset = sources.open_source(name, split=split, path=path)
-        if config.data.image_size is None and dataset.image_shape is None:
+        dataset = inputs.open_dataset(config, split)
+        if config.task == "classify" and config.data.image_size is None and dataset.image_shape is None:
             raise ValueError(f"the images of {dataset.name} differ in size; give --image-size")
         model = program.build_model(config, dataset)
-        _check_fits(model, variables, config, dataset)
+        _check_fits(model, variables, dataset)
         found = functools.partial(
             score,
+            tasks.without_teacher(config, model, dataset),
             model,
             variables,
             dataset,
             transform=inputs.eval_transform(config, dataset),
-            mean=config.data.mean,
-            std=config.data.std,
             batch_size=arguments.batch_size or config.data.eval_batch_size or config.data.batch_size,
             workers=arguments.workers,
         )
@@ -203,19 +196,24 @@ def _score_weights(arguments: argparse.Namespace) -> dict[str, Any]:
     """Published weights, with their own preprocessing."""
     cfg = zoo.pretrained_cfg(arguments.model)
     dataset = sources.open_source(arguments.data, split=arguments.split, path=arguments.path)
+    dataset = dataclasses.replace(dataset, channels=len(cfg.mean))
     options = dict(dtype=jnp.dtype(arguments.dtype or "float32"), image_size=arguments.image_size)
     model, variables, report = zoo.load_pretrained(arguments.model, arguments.weights, **options)
     print(report, file=sys.stderr)
     result: dict[str, Any] = {}
     prefix = re.sub(r"\W+", "_", arguments.split).strip("_")
+    if model.num_classes != dataset.num_classes:
+        raise ValueError(
+            f"the model has {model.num_classes} classes, {dataset.name} has {dataset.num_classes}; "
+            "score it on a data set with the classes that it was trained on"
+        )
     found = functools.partial(
         score,
+        tasks.Classify(dataset.num_classes, tuple(cfg.mean), tuple(cfg.std), dtype=model.dtype),
         model,
         variables,
         dataset,
         transform=preprocess.published_transform(cfg, arguments.image_size),
-        mean=cfg.mean,
-        std=cfg.std,
         batch_size=arguments.batch_size or BATCH_SIZE,
         workers=arguments.workers,
     )
@@ -223,21 +221,29 @@ def _score_weights(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _add(result: dict[str, Any], prefix: str, dataset: sources.Dataset, found: Callable[[], dict[str, float]]):
+def _add(
+    result: dict[str, Any],
+    prefix: str,
+    dataset: sources.Dataset | SequenceSet,
+    found: Callable[[], dict[str, float]],
+):
     started = time.perf_counter()
     values = found()
     seconds = result.get("seconds", 0.0) + time.perf_counter() - started
     examples = result.get("examples", 0) + len(dataset)
     result |= {f"{prefix}_{name}": value for name, value in values.items()}
-    result |= {"examples": examples, "seconds": round(seconds, 2), "images_per_second": examples / seconds}
+    rate = {"images_per_second": examples / seconds}
+    if isinstance(dataset, SequenceSet):
+        rate = {"tokens_per_second": examples * dataset.length / seconds}
+    result |= {"examples": examples, "seconds": round(seconds, 2), **rate}
 
 
-def _check_fits(model: nn.Module, variables: Any, config: ml_collections.ConfigDict, dataset: sources.Dataset) -> None:
+def _check_fits(model: nn.Module, variables: Any, dataset: sources.Dataset | SequenceSet) -> None:
     """Raises `ValueError` if the checkpoint's arrays are not those of the model as the data set wants it."""
-    images = jnp.zeros((1, *program.image_size(config, dataset), len(config.data.mean)), model.dtype)
-    expected = jax.eval_shape(model.init, jax.random.key(0), images)
-    if found := leaves.differences(leaves.describe(variables), leaves.describe(expected)):
-        raise ValueError(f"the run's model is not one for the {dataset.num_classes} classes of {dataset.name}: {found}")
+    if found := leaves.differences(leaves.describe(variables), leaves.describe(abstract_variables(model))):
+        of = f"vocabulary of {dataset.vocab_size}" if isinstance(dataset, SequenceSet) else ""
+        of = of or f"{dataset.num_classes} classes"
+        raise ValueError(f"the run's model is not one for the {of} of {dataset.name}: {found}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """How much of the devices' arithmetic a training run uses."""
 
+from typing import Any
+
 import jax
 
 from kernels.cost import cost
@@ -8,7 +10,7 @@ from train.program import Program
 
 
 def training_flops(program: Program, batch: dict[str, jax.Array]) -> int:
-    """Matrix operations that training on one example takes: three times those of the forward pass.
+    """Matrix operations that training on one image or token takes: three times those of the forward pass.
 
     What is computed again in the backward pass (`remat`) does not count, as usual for MFU; a Pallas kernel
     counts with what it declares.
@@ -24,7 +26,17 @@ def training_flops(program: Program, batch: dict[str, jax.Array]) -> int:
 
     counted = cost(forward, variables, prepared, key, platform=jax.default_backend())
     kernels = counted.by_primitive.get("pallas_call")
-    return 3 * (counted.matmul_flops + (kernels.flops if kernels else 0)) // len(batch["label"])
+    return 3 * (counted.matmul_flops + (kernels.flops if kernels else 0)) // examples(batch)
+
+
+def unit(batch: dict[str, Any]) -> str:
+    """What a batch is counted in."""
+    return "tokens" if "tokens" in batch else "images"
+
+
+def examples(batch: dict[str, Any]) -> int:
+    """How many of these a batch holds."""
+    return batch["tokens"].size if "tokens" in batch else len(batch["label"])
 
 
 def mfu(flops_per_second: float) -> dict[str, float]:

@@ -16,7 +16,8 @@ from train import checkpoint, data, flops, metrics, progress, sources, start
 from train import config as config_lib
 from train import program as program_lib
 from train.evaluate import evaluate
-from train.inputs import eval_splits, eval_transform, train_transform
+from train.inputs import eval_splits, eval_transform, open_dataset, train_transform
+from train.sequences import SequenceSet
 from train.sharding import check_batch, place_batch
 from train.step import TrainState
 
@@ -35,8 +36,8 @@ class Run:
 
     config: ml_collections.FrozenConfigDict
     workdir: epath.Path
-    train_set: sources.Dataset
-    eval_sets: dict[str, sources.Dataset]
+    train_set: sources.Dataset | SequenceSet
+    eval_sets: dict[str, sources.Dataset | SequenceSet]
     program: program_lib.Program
     checkpoints: checkpoint.Checkpoints
     state: TrainState
@@ -57,7 +58,7 @@ def prepare(config: ml_collections.FrozenConfigDict, workdir: str) -> Run:
         FileNotFoundError: for data that is not there.
         CheckpointError: for a workdir that cannot be written, or that holds no good checkpoint but bad ones.
     """
-    meter = metrics.Meter()
+    meter = metrics.Meter("images" if config.task == "classify" else "tokens")
     train_set, eval_sets = _open_data(config)
     program = program_lib.build(config, train_set)
     if eval_sets:
@@ -117,7 +118,6 @@ def train(run: Run) -> dict[str, Any]:
         process_count=jax.process_count(),
         workers=config.data.workers,
         prefetch=config.data.prefetch,
-        channels=len(config.data.mean),
         repeats=config.data.repeats,
     )
     key = jax.jit(functools.partial(jax.random.key, config.seed), out_shardings=program.replicated)()
@@ -149,7 +149,7 @@ def train(run: Run) -> dict[str, Any]:
                 in_flight.append(values)
                 if len(in_flight) > STEPS_IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())
-            meter.count(config.data.batch_size)
+            meter.count(config.data.batch_size * getattr(run.train_set, "length", 1))
             bar.advance(step)
             ends = step == last
             log, save = ends or step % config.log_every == 0, ends or run.checkpoints.should_save(step)
@@ -180,18 +180,19 @@ def train(run: Run) -> dict[str, Any]:
     return {"step": max(first, last), "seconds": round(meter.seconds(), 1), **evaluated}
 
 
-def _open_data(config: ml_collections.FrozenConfigDict) -> tuple[sources.Dataset, dict[str, sources.Dataset]]:
+def _open_data(
+    config: ml_collections.FrozenConfigDict,
+) -> tuple[sources.Dataset | SequenceSet, dict[str, sources.Dataset | SequenceSet]]:
     """The training split, and the splits to evaluate by the name that their metrics get."""
-    opened = functools.partial(sources.open_source, config.data.name, path=config.data.path)
-    train_set = opened(split=config.data.split)
-    eval_sets = {name: opened(split=split) for name, split in eval_splits(config).items()}
+    train_set = open_dataset(config, config.data.split)
+    eval_sets = {name: open_dataset(config, split) for name, split in eval_splits(config).items()}
+    field, what = ("num_classes", "classes") if config.task == "classify" else ("vocab_size", "tokens")
     for dataset in (train_set, *eval_sets.values()):
         if len(dataset) == 0:
             raise ValueError(f"{dataset.name} holds no examples")
-        if dataset.num_classes != train_set.num_classes:
-            raise ValueError(
-                f"{dataset.name} has {dataset.num_classes} classes, {train_set.name} has {train_set.num_classes}"
-            )
+        found, wanted = getattr(dataset, field), getattr(train_set, field)
+        if found != wanted:
+            raise ValueError(f"{dataset.name} has {found} {what}, {train_set.name} has {wanted}")
     return train_set, eval_sets
 
 
@@ -218,9 +219,11 @@ def _describe(run: Run) -> str:
     """The run in one line."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract_state.params))
     device = jax.devices()[0]
+    detail = getattr(run.train_set, "detail", "")
     return (
         f"{run.config.model.name}: {parameters:,} parameters on {jax.device_count()} x {device.device_kind}; "
         f"{run.train_set.name}: {len(run.train_set):,} examples, {run.config.data.batch_size} a step"
+        + f" ({detail})" * bool(detail)
     )
 
 
@@ -277,10 +280,12 @@ def _evaluate(run: Run, state: TrainState, bar: progress.Progress) -> dict[str, 
                 process_count=jax.process_count(),
                 workers=run.config.data.workers,
                 prefetch=run.config.data.prefetch,
-                channels=len(run.config.data.mean),
             )
             with batches:
-                found = evaluate(run.program.eval_step, state.variables(averaged=True), batches, run.program.rows)
+                found = evaluate(
+                    *(run.program.eval_step, state.variables(averaged=True), batches, run.program.rows),
+                    summarize=run.program.task.summarize,
+                )
             results |= {f"{name}_{metric}": value for metric, value in found.items()}
     bar.phase("training")
     return results

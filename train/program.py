@@ -13,8 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import zoo
 from train import optim, sharding, step, tasks
+from train.sequences import SequenceSet
 from train.sources import Dataset
 from zoo import registry
+from zoo.image_model import ImageModel
+from zoo.pretrained import abstract_variables
+from zoo.sequence_model import SequenceModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +46,35 @@ class Program:
     replicated: NamedSharding
 
 
-def build_model(config: ml_collections.ConfigDict, dataset: Dataset) -> nn.Module:
-    """The model that a config names; its classes and image size are the data's, its channels those of `data.mean`."""
-    fields = dict(
-        image_size=image_size(config, dataset),
-        num_classes=dataset.num_classes,
-        in_chans=len(config.data.mean),
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        remat=config.remat,
-    )
-    return zoo.create_model(config.model.name, **{**fields, **config.model.overrides})
+def build_model(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> nn.Module:
+    """The model that a config names, made for the data.
+
+    An image model has the data's classes and image size, and the channels of `data.mean`; a sequence model the data's
+    vocabulary and length.
+
+    Raises:
+        ValueError: for a model of images and data of sequences, or the other way round.
+    """
+    wanted = SequenceModel if isinstance(dataset, SequenceSet) else ImageModel
+    if not issubclass(registry.family_of(config.model.name).module, wanted):
+        takes, has = ("images", "tokens") if wanted is SequenceModel else ("tokens", "images")
+        raise ValueError(
+            f"config.model.name {config.model.name!r} takes {takes}, the {dataset.name} has {has}; "
+            f"config.task {config.task!r} needs a model of {has}"
+        )
+    fields = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype), remat=config.remat)
+    if isinstance(dataset, SequenceSet):
+        fields |= dict(vocab_size=dataset.vocab_size, length=dataset.length)
+    else:
+        shape = image_size(config, dataset)
+        fields |= dict(image_size=shape, num_classes=dataset.num_classes, in_chans=len(config.data.mean))
+    model = zoo.create_model(config.model.name, **{**fields, **config.model.overrides})
+    if isinstance(dataset, SequenceSet) and dataset.packed and dataset.align % model.segment_multiple:
+        raise ValueError(
+            f"{config.model.name} keeps documents apart only where they begin at multiples of "
+            f"{model.segment_multiple} tokens; set config.data.align to such a number, it is {dataset.align}"
+        )
+    return model
 
 
 def image_size(config: ml_collections.ConfigDict, dataset: Dataset) -> tuple[int, int]:
@@ -64,12 +86,12 @@ def image_size(config: ml_collections.ConfigDict, dataset: Dataset) -> tuple[int
     return dataset.image_shape[:2]
 
 
-def build(config: ml_collections.ConfigDict, dataset: Dataset) -> Program:
+def build(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> Program:
     """Builds a run's program.
 
     Args:
         config: a complete config (`train.config.load`).
-        dataset: the training split; it tells the number of classes and the image size.
+        dataset: the training split; it tells the number of classes and the image size, or the vocabulary and length.
 
     Raises:
         ValueError: for a model, a mesh or a batch size that does not fit; the message names the config's key.
@@ -79,13 +101,13 @@ def build(config: ml_collections.ConfigDict, dataset: Dataset) -> Program:
     sharding.check_batch("config.data.batch_size", config.data.batch_size, mesh, config.accum_steps)
     model = build_model(config, dataset)
     replicated = NamedSharding(mesh, PartitionSpec())
-    task = jax.device_put(tasks.make(config, model, image_size(config, dataset)), replicated)
+    task = jax.device_put(tasks.make(config, model, dataset), replicated)
     family = registry.family_of(config.model.name)
-    example = jnp.zeros((1, *image_size(config, dataset), len(config.data.mean)), jnp.dtype(config.dtype))
-    params = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
+    inputs = {name: jnp.zeros(like.shape, like.dtype) for name, like in model.example_inputs().items()}
+    params = abstract_variables(model)["params"]
     layer_of, last_layer = family.layers(model)
     optimizer, schedule = optim.make(config.optim, config.total_steps, params, layer_id=layer_of, num_layers=last_layer)
-    init = functools.partial(step.init_state, model, optimizer, example, seed=config.seed, ema=config.ema > 0)
+    init = functools.partial(step.init_state, model, optimizer, inputs, seed=config.seed, ema=config.ema > 0)
     precise = functools.partial(_with_precision, config.matmul_precision)
     abstract = jax.eval_shape(init)
     places = sharding.state_shardings(abstract, family.sharding_rules, mesh)

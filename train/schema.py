@@ -8,12 +8,13 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 # Sections with names of their own: any plain value, or values of one type.
-FREE: dict[str, type | None] = {"model.overrides": None, "data.extra_eval": str}
+FREE: dict[str, type | None] = {"model.overrides": None, "data.extra_eval": str, "data.options": None}
 
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("classify",),
+    "task": ("classify", "next_token"),
+    "data.packing": ("packed", "stream"),
     "model.resize": ("bilinear", "bicubic", "geometric"),
     "data.crop_mode": ("center", "squash", "border"),
     "data.interpolation": INTERPOLATIONS,
@@ -45,11 +46,20 @@ def default() -> ml_collections.ConfigDict:
             },
             "task": "classify",  # what is learned: loss and metrics
             "data": {
-                "name": "",  # "digits", "folder", "tfds:NAME", or "tfds" with data.path a prepared directory
+                # Images: "digits", "folder", "tfds:NAME", or "tfds" with data.path a prepared directory. Sequences:
+                # "stdlib", "files", "tfds:NAME", "tfds", or a generated task, see train.text and train.recall.
+                "name": "",
                 "split": "train",
                 "eval_split": placeholder(str),  # its metrics are called test_*; None: none
                 "extra_eval": {},  # name -> split, evaluated too and printed beside eval_split; "" leaves one out
                 "path": placeholder(str),  # where the data lies, for sources that are not built in
+                "length": placeholder(int),  # sequences: tokens in a row
+                "tokenizer": "bytes",  # text: "bytes", or a file of `tokenizers` (.json) or sentencepiece (.model)
+                "packing": "packed",  # text: how documents are laid out in rows, see train.packing
+                "align": placeholder(int),  # text: documents begin at multiples of this; None: as the model wants it
+                "examples": 100000,  # generated tasks: of the training split
+                "eval_examples": 1000,  # generated tasks: of any other split
+                "options": {},  # of the data set, such as the number of pairs of a task or the feature of a TFDS set
                 "repeats": 1,  # times in a row that an epoch takes an example, each augmented differently
                 "batch_size": 128,  # examples per optimizer step, over all processes and accumulation steps
                 "eval_batch_size": placeholder(int),  # None: data.batch_size
@@ -138,6 +148,7 @@ def default() -> ml_collections.ConfigDict:
 # (paths, what they must be, whether a value is that); None passes where the key allows it.
 _RANGES = (
     (("data.batch_size", "data.eval_batch_size", "data.image_size"), "at least 1", lambda v: v >= 1),
+    (("data.length", "data.align", "data.examples", "data.eval_examples"), "at least 1", lambda v: v >= 1),
     (
         ("data.repeats", "accum_steps", "log_every", "checkpoint.every_steps", "checkpoint.keep"),
         "at least 1",
@@ -213,6 +224,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for path in ("warmup_lr", "end_lr"):
         if optim[path] > optim.lr:
             problems.append(f"optim.{path} {optim[path]} must be at most optim.lr {optim.lr}")
+    if config.task == "next_token" and config.distill.teacher:
+        problems.append(f"distill.teacher {config.distill.teacher!r} teaches classes; task 'next_token' has none")
     if len(data.mean) != len(data.std):
         problems.append(f"data.mean {data.mean} and data.std {data.std} must have a number per channel each")
     if augment.random_resized_crop and augment.pad_crop:

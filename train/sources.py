@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
-import shlex
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
 
+from train import prepared, splits
+from zoo.preprocess import decode
 from zoo.registry import nearest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -56,6 +56,17 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.source)
 
+    def read(self, index: int) -> dict[str, Any]:
+        """An example decoded: {"image": uint8 (H, W, channels), not to be written to; "label": int; "index": int}.
+
+        Raises:
+            ValueError: if the image cannot be decoded; the message names the example, and its file if there is one.
+        """
+        example = self.source[index]
+        name = f"example {index} of the {self.name}" + (f" ({example['file']})" if "file" in example else "")
+        image = decode(example["image"], channels=self.channels, name=name)
+        return {"image": image, "label": example["label"], "index": index}
+
 
 def open_source(name: str, *, split: str, path: epath.PathLike | None = None) -> Dataset:
     """Opens one split of a data set for random access. Nothing is ever downloaded.
@@ -85,31 +96,10 @@ def open_source(name: str, *, split: str, path: epath.PathLike | None = None) ->
             raise ValueError(f"data path {str(path)!r} was given, but 'digits' is built in and takes none")
         return _open_digits(split)
     if name == "folder":
-        return _open_folder(_required(path, name, "the directory that holds split/class_name/*.jpg"), split)
-    if name == "tfds":
-        root = _required(path, name, "the version directory of a prepared data set, such as .../mnist/3.0.1")
-        return _open_tfds(_builder_from_directory(root), split)
-    if name.startswith("tfds:") and name != "tfds:":
-        return _open_tfds(_builder_by_name(name.removeprefix("tfds:"), path), split)
+        return _open_folder(splits.required_path(path, name, "the directory that holds split/class_name/*.jpg"), split)
+    if name == "tfds" or (name.startswith("tfds:") and name != "tfds:"):
+        return _open_tfds(prepared.open_prepared(name, split=split, path=path))
     raise ValueError(f"unknown data set {name!r}{nearest(name, ['digits', 'folder', 'tfds', 'tfds:NAME'])}")
-
-
-def _required(path: epath.PathLike | None, name: str, meaning: str) -> epath.Path:
-    if path is None:
-        raise ValueError(f"data set {name!r} needs a path: {meaning}")
-    return epath.Path(path).expanduser()
-
-
-def _unknown_split(split: str, known: Sequence[str], where: str) -> ValueError:
-    return ValueError(f"unknown split {split!r} of {where}, which has {', '.join(known) or 'none'}")
-
-
-def _fingerprint(head: str, *content: bytes | str) -> str:
-    digest = hashlib.sha256()
-    for part in content:
-        part = part.encode() if isinstance(part, str) else part
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return f"{head}:{digest.hexdigest()[:16]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,21 +133,21 @@ def _open_digits(split: str) -> Dataset:
     stored = json.loads((epath.resource_path("train") / "digits_split.json").read_text())
     test = np.asarray(stored["test"])
     places = np.arange(len(images))
-    splits = {
+    parts = {
         "train": np.setdiff1d(places, test),
         "test": test,
         "first1437": places[:-360],
         "last360": places[-360:],
         "test_last360": np.intersect1d(test, places[-360:]),
     }
-    if split not in splits:
-        raise _unknown_split(split, list(splits), "'digits'")
-    images, labels = images[splits[split]], labels[splits[split]]
+    if split not in parts:
+        raise splits.unknown_split(split, list(parts), "'digits'")
+    images, labels = images[parts[split]], labels[parts[split]]
     images.setflags(write=False)
     return Dataset(
         name=f"digits {split}",
         source=ArraySource(images, labels),
-        fingerprint=_fingerprint(f"digits:{split}", images.tobytes(), labels.tobytes()),
+        fingerprint=splits.fingerprint(f"digits:{split}", images.tobytes(), labels.tobytes()),
         num_classes=10,
         label_names=tuple(str(digit) for digit in range(10)),
         image_shape=(8, 8, 1),
@@ -189,13 +179,13 @@ def _subdirectories(directory: epath.Path) -> list[str]:
 def _open_folder(root: epath.Path, split: str) -> Dataset:
     if not root.is_dir():
         raise FileNotFoundError(f"data path {str(root)!r} is not a directory; {LAYOUT}")
-    splits = _subdirectories(root)
-    if split not in splits:
-        raise ValueError(f"{_unknown_split(split, splits, f'the folder {str(root)!r}')}; {LAYOUT}")
+    known = _subdirectories(root)
+    if split not in known:
+        raise ValueError(f"{splits.unknown_split(split, known, f'the folder {str(root)!r}')}; {LAYOUT}")
     classes = _subdirectories(root / split)
     if not classes:
         raise ValueError(f"{str(root / split)!r} has no class directory; {LAYOUT}")
-    for other in splits:
+    for other in known:
         _check_same_classes(root, split, classes, other)
     files, labels = [], []
     for label, class_name in enumerate(classes):
@@ -215,7 +205,7 @@ def _open_folder(root: epath.Path, split: str) -> Dataset:
     return Dataset(
         name=f"folder {root / split}",
         source=FolderSource(root / split, tuple(files), tuple(labels)),
-        fingerprint=_fingerprint(f"folder:{split}:{len(files)} images", *classes, *files, *sizes),
+        fingerprint=splits.fingerprint(f"folder:{split}:{len(files)} images", *classes, *files, *sizes),
         num_classes=len(classes),
         label_names=tuple(classes),
         image_shape=None,
@@ -256,84 +246,20 @@ class TfdsSource:
         return dict(self.features.deserialize_example_np(self.records[index], decoders=self.decoders))
 
 
-def _builder_from_directory(directory: epath.Path) -> Any:
+def _open_tfds(data: prepared.Prepared) -> Dataset:
     import tensorflow_datasets as tfds
 
-    if not (directory / "dataset_info.json").exists():
-        below = [info for depth in range(1, 4) for info in directory.glob("*/" * depth + "dataset_info.json")]
-        hint = f"; did you mean {str(below[-1].parent)!r}?" if below else ", nor has any directory in it"
-        raise FileNotFoundError(
-            f"data path {str(directory)!r} is not a prepared TFDS data set: it has no dataset_info.json{hint}"
-        )
-    return tfds.builder_from_directory(directory)
-
-
-def _builder_by_name(name: str, path: epath.PathLike | None) -> Any:
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import read_only_builder
-
-    data_dir = None if path is None else str(epath.Path(path).expanduser())
-    try:
-        return read_only_builder.builder_from_files(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        where = repr(data_dir) if data_dir else "$TFDS_DATA_DIR (or else ~/tensorflow_datasets)"
-        argument = f", data_dir={json.dumps(data_dir)}" if data_dir else ""
-        script = (
-            "import tensorflow_datasets as tfds; "
-            f'tfds.builder("{name}"{argument}, file_format="array_record").download_and_prepare()'
-        )
-        raise FileNotFoundError(
-            f"the TFDS data set {name!r} is not prepared in {where}, and nothing is downloaded unasked. To prepare "
-            "it, in an environment of its own, since writing TFDS files needs TensorFlow:\n"
-            "  pip install tensorflow tensorflow-datasets array_record importlib_resources\n"
-            f"  python -c {shlex.quote(script)}"
-        ) from error
-
-
-def _open_tfds(builder: Any, split: str) -> Dataset:
-    import tensorflow_datasets as tfds
-
-    info = builder.info
-    name = f"TFDS data set {info.full_name}"
-    if tfds.core.FileFormat.ARRAY_RECORD not in info.available_file_formats():
-        # Only the conversion in place, with one worker, writes the metadata too (seen with TFDS 4.9.10).
-        command = (
-            f"tfds convert_format --dataset_version_dir={shlex.quote(str(builder.data_dir))} "
-            "--out_file_format=array_record --num_workers=1"
-        )
-        raise NotImplementedError(
-            f"the {name} is stored as {info.file_format.value}, which has no random access. To add ArrayRecord "
-            "files beside those, in an environment of its own, since reading them needs TensorFlow:\n"
-            "  pip install tensorflow tensorflow-datasets array_record apache-beam mlcroissant\n"
-            f"  {command}"
-        )
-    image, label = _image_and_label(info.features, name)
-    try:
-        part = info.splits[split]
-    except (KeyError, ValueError) as error:
-        raise _unknown_split(split, list(info.splits), f"the {name}") from error
-    if not part.num_examples:
-        raise ValueError(f"split {split!r} of the {name} has no example")
-    records = builder.as_data_source(
-        split,
-        deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
-        file_format=tfds.core.FileFormat.ARRAY_RECORD,
-    )
+    image, label = _image_and_label(data.info.features, data.name)
     encoded = isinstance(image, tfds.features.Image)
     return Dataset(
-        name=f"{name} {split}",
+        name=f"{data.name} {data.split}",
         source=TfdsSource(
-            records,
+            data.records,
             # Only these two are parsed: boxes, masks or captions beside them would cost time.
             features=tfds.features.FeaturesDict({"image": image, "label": label}),
             decoders={"image": tfds.decode.SkipDecoding()} if encoded else {},
         ),
-        fingerprint=_fingerprint(
-            f"tfds:{info.full_name}:{split}:{part.num_examples} examples",
-            *sorted(info.features),
-            *label.names,
-            *(f"{known} {each.num_bytes} {each.shard_lengths}" for known, each in info.splits.items()),
-        ),
+        fingerprint=data.fingerprint(*label.names),
         num_classes=label.num_classes,
         label_names=tuple(label.names),
         image_shape=None if None in image.shape else image.shape,
@@ -356,7 +282,5 @@ def _image_and_label(features: Any, name: str) -> tuple[Any, Any]:
             "uint8 of (height, width, channels) is needed"
         )
     if not isinstance(label, tfds.features.ClassLabel) or not label.num_classes:
-        raise ValueError(
-            f"feature 'label' of the {name} is no ClassLabel with a number of classes: {listing}"
-        )
+        raise ValueError(f"feature 'label' of the {name} is no ClassLabel with a number of classes: {listing}")
     return image, label

@@ -41,17 +41,19 @@ class TrainState:
         return {"params": self.params, **self.model_state}
 
 
-def init_state(model: nn.Module, optimizer: optax.GradientTransformation, example, *, seed: int, ema: bool):
+def init_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, inputs: dict[str, Any], *, seed: int, ema: bool
+):
     """The state before the first step; a pure function of its arguments, to be jitted with shardings.
 
     Args:
         model: the model.
         optimizer: its optimizer.
-        example: one input of the model (shape and dtype matter, values do not).
+        inputs: arguments of the model by name (shapes and dtypes matter, values do not).
         seed: of the initial parameters.
         ema: whether running averages are kept.
     """
-    model_state = dict(model.init(jax.random.key(seed), example))
+    model_state = dict(model.init(jax.random.key(seed), **inputs))
     params = model_state.pop("params")
     # A copy, lest two leaves of a donated state share a buffer.
     average = jax.tree.map(jnp.copy, {"params": params, **model_state}) if ema else {}

@@ -14,7 +14,11 @@ from jaxtyping import Array, Float, Key
 import zoo
 from train.distill import distillation_loss
 from train.mixing import mixup_cutmix, normalize, one_hot_smooth, random_erase
+from train.next_token import NextToken
+from train.sequences import SequenceSet
+from train.sources import Dataset
 from zoo import registry
+from zoo.pretrained import abstract_variables
 
 Variables = Any
 Batch = dict[str, Array]
@@ -35,7 +39,10 @@ class Task(Protocol):
         """The mean loss over a prepared batch, then `(metrics, new model state)`."""
 
     def evaluate(self, model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
-        """Sums over the unmasked examples of a batch; `count` among them."""
+        """Sums over the unmasked examples of a batch."""
+
+    def summarize(self, totals: dict[str, Any]) -> dict[str, float]:
+        """The metrics of a whole data set, from the sums over all its batches."""
 
 
 @jax.tree_util.register_static
@@ -67,7 +74,7 @@ class Classify:
     dtype: Any = jnp.float32
 
     @classmethod
-    def from_config(cls, config: ml_collections.FrozenConfigDict, num_classes: int) -> "Classify":
+    def from_config(cls, config: ml_collections.ConfigDict, num_classes: int) -> "Classify":
         """The task as a config describes it."""
         return cls(
             num_classes=num_classes,
@@ -129,6 +136,10 @@ class Classify:
             "accuracy_top5": (mask & (rank < 5)).sum(),
         }
 
+    def summarize(self, totals: dict[str, Any]) -> dict[str, float]:
+        """The means over the examples."""
+        return {name: total / totals["count"] for name, total in totals.items() if name != "count"}
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -168,20 +179,31 @@ class Distill(Classify):
         return distillation_loss(heads, batch["target"], batch["teacher"], **how)
 
 
-def make(config: ml_collections.FrozenConfigDict, model: nn.Module, image_size: tuple[int, int]) -> Task:
-    """The task that a config describes, its teacher loaded.
+def without_teacher(config: ml_collections.ConfigDict, model: nn.Module, dataset: Dataset | SequenceSet) -> Task:
+    """The task that a config describes, but for a classifier's teacher: all that evaluation needs."""
+    if not isinstance(dataset, SequenceSet):
+        return Classify.from_config(config, model.num_classes)
+    return NextToken(
+        label_smoothing=config.loss.label_smoothing,
+        packed=dataset.packed,
+        state=tuple(sorted(set(abstract_variables(model)) - {"params"})),
+    )
+
+
+def make(config: ml_collections.FrozenConfigDict, model: nn.Module, dataset: Dataset | SequenceSet) -> Task:
+    """The task that a config describes, a classifier's teacher loaded.
 
     Raises:
         ValueError: for a teacher of other classes or channels than the model, or one that takes no such images.
         WeightsError: if the teacher's weights do not fit.
     """
-    task = Classify.from_config(config, model.num_classes)
+    task = without_teacher(config, model, dataset)
     settings = config.distill
     if not settings.teacher:
         return task
     name, tag = registry.split_tag(settings.teacher)
     teacher, variables, _ = zoo.load_pretrained(
-        settings.teacher, settings.weights, image_size=image_size, dtype=task.dtype
+        settings.teacher, settings.weights, image_size=model.image_size, dtype=task.dtype
     )
     for field in ("num_classes", "in_chans"):
         theirs, ours = getattr(teacher, field), getattr(model, field)
