@@ -169,7 +169,6 @@ def test_implementations():
 @pytest.mark.parametrize(
     ("shapes", "options", "error", "words"),
     [
-        ("nnn", dict(causal=True), NotImplementedError, "noncausal: causal=True is not implemented"),
         ("nnn", dict(feature_map="elu+1"), ValueError, "unknown feature_map 'elu.1'.*did you mean 'elu1'"),
         ("nnn", dict(feature_map="softmax"), ValueError, "known: 'elu1', 'relu', 'identity'"),
         ("nnn", dict(epsilon=-1e-6), ValueError, "epsilon must be at least 0, or None.*got -1e-06"),

@@ -59,12 +59,41 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.FrozenConfi
     for path, value in flatten(_read(spec)).items():
         if not _is_empty_section(path, value):
             values[path] = _kind(path).check(path, value)
+    return _overlaid(values, overrides)
+
+
+def overlay(config: Config, overrides: Sequence[str]) -> ml_collections.FrozenConfigDict:
+    """A complete config, such as that of a run, with words of the command line laid over it, checked again.
+
+    Raises:
+        ConfigError: as `load` does.
+    """
+    return _overlaid(flatten(default()) | _complete(config), overrides)
+
+
+def _overlaid(values: dict[str, Any], overrides: Sequence[str]) -> ml_collections.FrozenConfigDict:
     for path, text in _words(overrides):
         kind = _kind(path)
         values[path] = kind.check(path, kind.read(text))
     config = ml_collections.ConfigDict(_nest(values))
     validate(config)
     return ml_collections.FrozenConfigDict(config)
+
+
+def table(spec: str) -> tuple[str, tuple[str, ...]]:
+    """A config file, and the arguments of its `get_config` that are the rows of one of its tables.
+
+    Args:
+        spec: a file and the name of a table, a key of its `TABLES`: `"configs/text.py:miras"`.
+
+    Raises:
+        ConfigError: for a missing file or an unknown table.
+    """
+    name, _, wanted = spec.rpartition(":")
+    tables = getattr(_module(_find(name or wanted)), "TABLES", {})
+    if not name or wanted not in tables:
+        raise ConfigError(f"{spec!r} names no table{nearest(wanted, tables)}" if tables else f"{spec} has no TABLES")
+    return name, tuple(tables[wanted])
 
 
 def plain(config: Config) -> dict[str, Any]:
@@ -85,11 +114,6 @@ def differences(a: Config, b: Config) -> tuple[str, ...]:
     """
     a, b = _complete(a), _complete(b)
     return tuple(sorted(path for path in a.keys() | b.keys() if a.get(path) != b.get(path)))
-
-
-def with_defaults(saved: Config) -> dict[str, Any]:
-    """A saved config, nested, with the defaults of keys that were introduced after it was saved."""
-    return _nest(_complete(saved))
 
 
 def check_resume(saved: Config, given: Config) -> tuple[str, ...]:
@@ -120,9 +144,7 @@ def _read(spec: str) -> ml_collections.ConfigDict:
     name, colon, arg = spec.rpartition(":")
     name, arg = (name, arg) if colon else (spec, None)
     path = _find(name)
-    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    module = _module(path)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no function get_config(arg)")
     try:
@@ -132,6 +154,14 @@ def _read(spec: str) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"{name}: get_config must return a ConfigDict, got {type(config).__name__}")
     return config
+
+
+def _module(path: pathlib.Path) -> Any:
+    """The config file, run."""
+    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
 
 
 def _find(name: str) -> pathlib.Path:

@@ -20,7 +20,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
@@ -70,7 +69,7 @@ def score(
     variables: Any,
     dataset: sources.Dataset | SequenceSet,
     *,
-    transform: preprocess.EvalTransform,
+    transform: data.EvalTransform,
     batch_size: int = BATCH_SIZE,
     workers: int = 0,
 ) -> dict[str, float]:
@@ -110,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.keep_freed_memory()
     host.cache_compiled_programs()
     try:
-        result = _score_run(arguments) if arguments.workdir else _score_weights(arguments)
+        result = _run_of(arguments) if arguments.workdir else _score_weights(arguments)
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -138,9 +137,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--path", help="of the data set")
     parser.add_argument("--batch-size", type=int, help=f"with --model: {BATCH_SIZE} if not given")
     parser.add_argument("--workers", type=int, default=0, help="reader processes")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--examples", type=int, help="with --workdir: only so many of each split, from the first")
+    parser.add_argument(
+        f"{config_lib.FLAG}KEY",
+        metavar="VALUE",
+        help="with --workdir: change the run's config, such as --config.model.overrides.clear_every=1",
+    )
+    arguments, arguments.overrides = parser.parse_known_args(argv)
+    if arguments.overrides and arguments.model:
+        parser.error(f"{arguments.overrides[0]} does not go with --model")
+    if arguments.examples is not None and arguments.examples < 1:
+        parser.error(f"--examples must be at least 1, got {arguments.examples}")
     given = "--workdir" if arguments.workdir else "--model"
-    for name in ("weights", "dtype") if arguments.workdir else ("step", "raw"):
+    for name in ("weights", "dtype") if arguments.workdir else ("step", "raw", "examples"):
         if getattr(arguments, name) not in (None, False):
             parser.error(f"--{name.replace('_', '-')} does not go with {given}")
     if arguments.model and not (arguments.data and arguments.split):
@@ -152,27 +161,71 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _score_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A checkpoint of a run, on the run's own splits or another one."""
-    directory = epath.Path(arguments.workdir) / "checkpoints"
-    step, state, saved = read_state(directory, arguments.step, only=("params", "model_state", "ema"))
-    config = ml_collections.ConfigDict(config_lib.with_defaults(saved))
-    config.data.image_size = arguments.image_size or config.data.image_size
-    averaged = bool(state.get("ema")) and not arguments.raw
+def _run_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `--workdir` asks for."""
+    given = {
+        "data.name": arguments.data,
+        # Other data lies elsewhere.
+        "data.path": arguments.path or ("None" if arguments.data else None),
+        "data.image_size": arguments.image_size,
+        "data.eval_batch_size": arguments.batch_size,
+    }
+    words = [f"{config_lib.FLAG}{key}={value}" for key, value in given.items() if value is not None]
+    return score_run(
+        arguments.workdir,
+        step=arguments.step,
+        raw=arguments.raw,
+        split=arguments.split,
+        overrides=(*words, *arguments.overrides),
+        examples=arguments.examples,
+        workers=arguments.workers,
+    )
+
+
+def score_run(
+    workdir: epath.PathLike,
+    *,
+    step: int | None = None,
+    raw: bool = False,
+    split: str | None = None,
+    overrides: Sequence[str] = (),
+    examples: int | None = None,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Scores a checkpoint of a run on the run's own splits or another one.
+
+    Args:
+        workdir: of the run.
+        step: its checkpoint; None: the newest good one.
+        raw: not the running averages where they are kept.
+        split: what to score it on; None: the splits that the run evaluates.
+        overrides: `--config.KEY=VALUE` words that change the run's config, such as its data or the model's fields.
+        examples: how many of each split, from the first; None: all.
+        workers: reader processes.
+
+    Returns:
+        `step`, `examples`, `seconds`, the rate, and the metrics, each after the name of its split.
+
+    Raises:
+        CheckpointError: if there is no good checkpoint.
+        ValueError: if the model does not fit the checkpoint or the data, or the run evaluates nothing.
+    """
+    directory = epath.Path(workdir) / "checkpoints"
+    step, state, saved = read_state(directory, step, only=("params", "model_state", "ema"))
+    config = config_lib.overlay(saved, overrides)
+    averaged = bool(state.get("ema")) and not raw
     variables = state["ema"] if averaged else {"params": state["params"], **state.get("model_state", {})}
     print(f"{directory / str(step)}{', running averages' * averaged}", file=sys.stderr)
-    if arguments.data:
-        config.data.name, config.data.path = arguments.data, None
-    if arguments.path:
-        config.data.path = arguments.path
     splits = inputs.eval_splits(config)
-    if arguments.split:
-        splits = {re.sub(r"\W+", "_", arguments.split).strip("_"): arguments.split}
+    if split:
+        splits = {re.sub(r"\W+", "_", split).strip("_"): split}
     if not splits:
         raise ValueError("the run evaluates nothing; name a --split")
     result: dict[str, Any] = {"step": step}
     for prefix, split in splits.items():
         dataset = inputs.open_dataset(config, split)
+        if examples is not None:
+            dataset = dataclasses.replace(dataset, source=_First(dataset.source, min(examples, len(dataset))))
         if config.task == "classify" and config.data.image_size is None and dataset.image_shape is None:
             raise ValueError(f"the images of {dataset.name} differ in size; give --image-size")
         model = program.build_model(config, dataset)
@@ -184,12 +237,26 @@ def _score_run(arguments: argparse.Namespace) -> dict[str, Any]:
             variables,
             dataset,
             transform=inputs.eval_transform(config, dataset),
-            batch_size=arguments.batch_size or config.data.eval_batch_size or config.data.batch_size,
-            workers=arguments.workers,
+            batch_size=config.data.eval_batch_size or config.data.batch_size,
+            workers=workers,
         )
         with jax.default_matmul_precision(config.matmul_precision):
             _add(result, prefix, dataset, found)
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+    """The first examples of a source."""
+
+    source: Any
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[index]
 
 
 def _score_weights(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from train import augment, program, raster, recall, sources, text
+from train import augment, data, program, raster, recall, sources, text
 from train.sequences import SequenceSet
 from train.sources import Dataset
 from zoo import preprocess, registry
@@ -22,31 +22,31 @@ def open_dataset(config: ml_collections.ConfigDict, split: str) -> Dataset | Seq
         ValueError, FileNotFoundError, NotImplementedError: as `train.sources.open_source`, `train.text.open_text` and
             `train.recall.open_task` do; the config's key is named where one is missing.
     """
-    data = config.data
+    wanted = config.data
     if config.task == "classify":
-        dataset = sources.open_source(data.name, split=split, path=data.path)
-        return dataclasses.replace(dataset, channels=len(data.mean))
-    if data.name.startswith("raster:"):
-        return raster.open_raster(data.name.removeprefix("raster:"), split=split, path=data.path, **data.options)
-    if data.length is None:
+        dataset = sources.open_source(wanted.name, split=split, path=wanted.path)
+        return dataclasses.replace(dataset, channels=len(wanted.mean))
+    if wanted.name.startswith("raster:"):
+        return raster.open_raster(wanted.name.removeprefix("raster:"), split=split, path=wanted.path, **wanted.options)
+    if wanted.length is None:
         raise ValueError("config.data.length, the tokens in a row, is not set")
-    if data.name in recall.TASKS:
-        if data.path is not None:
-            raise ValueError(f"config.data.path {data.path!r} was given, but {data.name!r} is generated and takes none")
-        examples = data.examples if split == "train" else data.eval_examples
-        options = dict(data.options)
+    if wanted.name in recall.TASKS:
+        if wanted.path is not None:
+            raise ValueError(f"config.data.path {wanted.path!r} was given, but {wanted.name!r} is generated")
+        examples = wanted.examples if split == "train" else wanted.eval_examples
+        options = dict(wanted.options)
         return recall.open_task(
-            data.name, split=split, examples=examples, length=data.length, seed=config.seed, **options
+            wanted.name, split=split, examples=examples, length=wanted.length, seed=config.seed, **options
         )
     return text.open_text(
-        data.name,
+        wanted.name,
         split=split,
-        path=data.path,
-        length=data.length,
-        tokenizer=data.tokenizer,
-        align=data.align or _segment_multiple(config),
-        mode=data.packing,
-        **data.options,
+        path=wanted.path,
+        length=wanted.length,
+        tokenizer=wanted.tokenizer,
+        align=wanted.align or _segment_multiple(config),
+        mode=wanted.packing,
+        **wanted.options,
     )
 
 
@@ -61,7 +61,7 @@ def _as_it_is(example: dict[str, Any], *randomness: np.random.Generator) -> dict
     return example
 
 
-def train_transform(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> augment.TrainTransform:
+def train_transform(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> data.TrainTransform:
     """The augmentation of `config.augment`: a random-resized crop, or else a shifted crop; of sequences none."""
     if isinstance(dataset, SequenceSet):
         return _as_it_is
@@ -81,14 +81,14 @@ def train_transform(config: ml_collections.ConfigDict, dataset: Dataset | Sequen
     return augment.random_crop_pad(size, pad=settings.pad_crop, rotate=settings.rotate, **common)
 
 
-def eval_transform(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> preprocess.EvalTransform:
+def eval_transform(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> data.EvalTransform:
     """The preprocessing of evaluation: resize and crop; of sequences none."""
     if isinstance(dataset, SequenceSet):
         return _as_it_is
-    data = config.data
+    settings = config.data
     size = program.image_size(config, dataset)
     return preprocess.eval_transform(
-        size, data.crop_pct, data.interpolation, crop_mode=data.crop_mode, mean=data.mean
+        size, settings.crop_pct, settings.interpolation, crop_mode=settings.crop_mode, mean=settings.mean
     )
 
 

@@ -65,6 +65,8 @@ def build_model(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSe
     fields = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype), remat=config.remat)
     if isinstance(dataset, SequenceSet):
         fields |= dict(vocab_size=dataset.vocab_size, length=dataset.length)
+        if dataset.source_length is not None:
+            fields |= dict(source_vocab_size=dataset.vocab_size, source_length=dataset.source_length)
     else:
         shape = image_size(config, dataset)
         fields |= dict(image_size=shape, num_classes=dataset.num_classes, in_chans=len(config.data.mean))

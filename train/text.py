@@ -14,8 +14,8 @@ from etils import epath
 
 from train import packing, prepared, splits
 from train.sequences import SequenceSet
-from zoo.tokenizers import Bytes, Encoding, Tokenizer, open_tokenizer
 from zoo.registry import nearest
+from zoo.tokenizers import Bytes, Encoding, Tokenizer, open_tokenizer
 
 SPLITS = ("train", "test")
 # One in this many documents, and of a single file this part, is for testing.

@@ -1,10 +1,22 @@
 """Attention models for JAX: build one by name, load its published weights, look inside."""
 
-from zoo import biformer, care, davit, maxvit  # noqa: F401
+from zoo import (  # noqa: F401
+    baselines,
+    biformer,
+    care,
+    davit,
+    maxvit,
+    miras,
+    routing_image,
+    routing_lucidrains,
+    routing_seq2seq,
+    routing_transformer,
+)
 from zoo.cards import model_card
 from zoo.conversion import convert
 from zoo.errors import WeightsError
 from zoo.features import forward_intermediates
+from zoo.generation import generate, load_language_model
 from zoo.info import model_info
 from zoo.prediction import load_classifier, predict
 from zoo.pretrained import load_pretrained, save_pretrained
@@ -18,8 +30,10 @@ __all__ = [
     "convert",
     "create_model",
     "forward_intermediates",
+    "generate",
     "list_models",
     "load_classifier",
+    "load_language_model",
     "load_pretrained",
     "model_card",
     "model_info",

@@ -5,6 +5,7 @@
     python -m zoo verify davit_tiny.msft_in1k model.safetensors
     python -m zoo convert model.safetensors model.npz --model davit_tiny
     python -m zoo predict davit_tiny.msft_in1k model.safetensors photo.jpg --attention attention.png
+    python -m zoo generate yaad_nano runs/text --prompt 'def '
     python -m zoo card davit_tiny.msft_in1k
 
 What was asked for goes to stdout, all else to stderr. The exit code is 0 only if nothing is wrong; 2 says that an
@@ -27,6 +28,7 @@ COMMANDS = {
     "verify": ("zoo.commands.verify", "hold a weight file against a model"),
     "convert": ("zoo.commands.convert", "write weights in another format or under other names"),
     "predict": ("zoo.commands.predict", "best guesses for pictures, and what the model attends to"),
+    "generate": ("zoo.commands.generate", "go on with a text, draw a digit, answer with numbers"),
     "card": ("zoo.commands.card", "the model card of published weights"),
 }
 

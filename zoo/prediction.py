@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from zoo import orbax_dir, registry
+from zoo.image_model import ImageModel
 from zoo.preprocess import EvalTransform, decode, eval_transform, published_transform
 from zoo.pretrained import load_pretrained
 from zoo.registry import IMAGENET_MEAN, IMAGENET_STD, PretrainedCfg
@@ -210,14 +211,14 @@ def load_classifier(
         **options: more of `zoo.load_pretrained`.
 
     Raises:
-        ValueError: if the weights are a run's that trained another model; and as `zoo.load_pretrained` does.
+        ValueError: for a model of tokens; if the weights are a run's that trained another model; and as
+            `zoo.load_pretrained` does.
     """
     model_name, tag = registry.split_tag(name)
-    config = {} if source is None or isinstance(source, Mapping) else run_config(source)
-    trained, data = config.get("model", {}), config.get("data", {})
-    if trained.get("name", model_name) != model_name:
-        raise ValueError(f"{source} holds weights of {trained['name']}, not of {model_name}")
-    overrides = {field: _hashable(value) for field, value in trained.get("overrides", {}).items()}
+    if not issubclass(registry.family_of(name).module, ImageModel):
+        raise ValueError(f"{model_name} takes tokens, not pictures; zoo.load_language_model loads it")
+    config, overrides = trained_as(name, source)
+    data = config.get("data", {})
     size = image_size or data.get("image_size")
     model, variables, report = load_pretrained(name, source, image_size=size, **{**overrides, **options})
     if model.in_chans not in (1, 3):
@@ -241,6 +242,21 @@ def load_classifier(
         why = f"{model_name} has {len(tags)} tags" if tags else f"{model_name} has no published weights"
         preprocessing = Preprocessing(transform, std, f"{'one half' if grey else 'ImageNet values'}, as {why}")
     return Classifier(model, variables, report, preprocessing, DIGITS if digits else None)
+
+
+def trained_as(
+    name: str, source: str | os.PathLike | Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config of the run that these weights are of, and the model's fields that it sets; both empty for all else.
+
+    Raises:
+        ValueError: if the run trained another model than `name`.
+    """
+    config = {} if source is None or isinstance(source, Mapping) else run_config(source)
+    model_name, trained = registry.split_tag(name)[0], config.get("model", {})
+    if trained.get("name", model_name) != model_name:
+        raise ValueError(f"{source} holds weights of {trained['name']}, not of {model_name}")
+    return config, {field: _hashable(value) for field, value in trained.get("overrides", {}).items()}
 
 
 def run_config(source: str | os.PathLike) -> dict[str, Any]:

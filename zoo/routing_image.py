@@ -126,7 +126,7 @@ register(
         variants=VARIANTS,
         pretrained=PRETRAINED,
         key_maps=IMAGE_KEY_MAPS,
-        sharding_rules=SHARDING_RULES,
+        sharding_rules=((r"params/embedding", (None, "tensor", "fsdp")), *SHARDING_RULES),
         layers=layers_of,
     )
 )

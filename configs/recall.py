@@ -1,0 +1,78 @@
+"""Generated tasks that tell sequence mixers apart: two narrow blocks, each with a short convolution.
+
+    python -m train --config configs/recall.py:mqar,gated_deltanet --workdir runs/mqar_gdn
+    python -m train.compare --config configs/recall.py:mqar --workdir runs/mqar
+
+The argument is a task and a mixer: any of the language models without its size, such as `yaad` or `gated_deltanet_h`.
+`test_accuracy` is that over the positions that the task counts; `train.recall` has the tasks.
+"""
+
+import ml_collections
+
+MIXERS = (
+    *("transformer", "sliding_window", "linear_attention", "retnet", "lightning", "gla", "hgrn2", "deltanet"),
+    *("gated_deltanet", "moneta", "yaad", "memora", "yaad_h", "moneta_h", "memora_h", "hgrn2_h", "gated_deltanet_h"),
+)
+
+# With so small a vocabulary random filler would repeat keys, after which no answer is right: the filler is id 0.
+_MQAR = dict(num_tokens=256, random_non_queries=False)
+
+# Task -> its data set, the positions of an example, its options, steps of training.
+TASKS = {
+    "mqar": ("mqar", 64, dict(_MQAR, num_kv_pairs=4), 800),
+    "mqar_many": ("mqar", 128, dict(_MQAR, num_kv_pairs=16), 1600),
+    "passkey": ("passkey", 128, {}, 1000),
+    "selective_copy": ("selective_copy", 64, dict(memorize=8), 1000),
+    "induction": ("induction", 128, {}, 1000),
+    "listops": ("listops", 64, dict(max_depth=4, max_args=4), 2000),
+    # For encoders and decoders: the source is another row.
+    "copy": ("copy", 32, dict(symbols=16), 600),
+    "sort": ("sort", 32, dict(symbols=16), 600),
+}
+ENCODER_DECODER = ("copy", "sort")
+
+TABLES = {
+    "mqar": (
+        *("mqar,transformer", "mqar,gated_deltanet", "mqar,deltanet", "mqar,linear_attention", "mqar,moneta"),
+        *("mqar_many,transformer", "mqar_many,gated_deltanet", "mqar_many,linear_attention"),
+    ),
+    "tasks": tuple(f"{task},{mixer}" for task in TASKS if task not in ENCODER_DECODER for mixer in MIXERS),
+    "encoder_decoder": ("copy,routing_transformer_seq2seq", "sort,routing_transformer_seq2seq"),
+}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Settings for a task and a mixer, "TASK,MIXER" (default: `mqar,gated_deltanet`)."""
+    task, comma, mixer = (arg or "mqar,gated_deltanet").partition(",")
+    both = task in ENCODER_DECODER
+    mixers = ("routing_transformer_seq2seq",) if both else MIXERS
+    if task not in TASKS or not comma or mixer not in mixers:
+        raise ValueError(
+            f"no recall config {arg!r}; it takes TASK,MIXER: one of {', '.join(TASKS)}, and for {task!r} one of "
+            + ", ".join(mixers)
+        )
+    name, length, options, steps = TASKS[task]
+    config = ml_collections.ConfigDict()
+    config.task = "next_token"
+    config.model = dict(name=f"{mixer}_nano")
+    if not both:
+        config.model.overrides = dict(width=64, depth=2, num_heads=2, mlp_hidden=128, conv_width=4)
+    config.data = dict(
+        name=name,
+        eval_split="test",
+        length=length,
+        options=options,
+        examples=200_000,
+        batch_size=64,
+        eval_batch_size=250,
+    )
+    config.optim = dict(name="adamw", lr=3e-3, b2=0.98, weight_decay=0.01, clip_norm=1.0, warmup_steps=50)
+    if both:
+        config.optim.lr = 1e-3
+    config.total_steps = steps
+    config.eval_every = 200
+    config.log_every = 50
+    config.checkpoint = dict(every_steps=1000, keep=1)
+    if (task, mixer) == ("mqar", "transformer"):
+        config.data.batch_size, config.total_steps, config.eval_every = 128, 300, 100
+    return config

@@ -1,0 +1,38 @@
+"""Language models of about a million parameters on the source code of Python's own standard library, byte by byte.
+
+    python -m train --config configs/text.py:yaad_nano --workdir runs/yaad
+
+The argument is the nano variant of a language model. One file in twenty is for testing, chosen by its name; which
+files there are depends on the version of Python, so that numbers compare within one version only.
+`test_bits_per_byte` is of all bytes of those files, each predicted from at most the 256 before it.
+"""
+
+import ml_collections
+
+MODELS = (
+    *("yaad_nano", "moneta_nano", "memora_nano", "yaad_h_nano", "moneta_h_nano", "memora_h_nano"),
+    *("transformer_nano", "sliding_window_nano", "linear_attention_nano", "retnet_nano", "lightning_nano"),
+    *("gla_nano", "hgrn2_nano", "deltanet_nano", "gated_deltanet_nano", "hgrn2_h_nano", "gated_deltanet_h_nano"),
+    "routing_transformer_nano",
+)
+
+TABLES = {
+    "miras": ("transformer_nano", "gated_deltanet_nano", "yaad_nano", "moneta_nano", "memora_nano"),
+    "all": MODELS,
+}
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """Settings for one of `MODELS` (default: the first)."""
+    name = arg or MODELS[0]
+    if name not in MODELS:
+        raise ValueError(f"no text config for {name!r}; there are: {', '.join(MODELS)}")
+    config = ml_collections.ConfigDict()
+    config.task = "next_token"
+    config.model = dict(name=name)
+    config.data = dict(name="stdlib", split="train", eval_split="test", length=256, batch_size=16, eval_batch_size=32)
+    config.optim = dict(name="adamw", lr=3e-3, b2=0.95, weight_decay=0.1, clip_norm=1.0, warmup_steps=100, end_lr=3e-4)
+    config.total_steps = 1500
+    config.log_every = 50
+    config.checkpoint = dict(every_steps=500, keep=2)
+    return config

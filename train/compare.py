@@ -1,0 +1,157 @@
+"""Trains every model of a table one after the other and prints the table.
+
+    python -m train.compare --config configs/text.py:miras --workdir runs/text
+    python -m train.compare --config configs/recall.py:mqar --workdir runs/mqar --only mqar,gated_deltanet
+
+A table is a name in the config file's `TABLES`, and its rows are arguments of `get_config`. Every row is a run of
+`python -m train` in a directory of its own under the workdir: what was interrupted goes on, what is done is read back.
+Progress goes to stderr; stdout gets the table and one line of JSON.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from train import config as config_lib
+from train import evaluate, host, loop
+from zoo.registry import nearest
+from zoo.sequence_model import SequenceModel
+from zoo.tables import scaled, table
+
+RESULT_FILE = "result.json"
+# Metric -> its column's head, and how a number is written.
+METRICS = {
+    "test_accuracy": ("accuracy", "{:.2%}"),
+    "test_bits_per_byte": ("bits per byte", "{:.3f}"),
+    "cost_of_clearing": ("cost of clearing", "{:.3f}"),
+    "test_bits_per_token": ("bits per token", "{:.3f}"),
+}
+# Rows of tokens on which a memory that is cleared is compared with one that is not.
+CLEARED_ROWS = 256
+
+
+def compare(spec: str, workdir: epath.PathLike, only: Sequence[str] = (), overrides: Sequence[str] = ()):
+    """The rows of a table, each trained where it is not yet.
+
+    Args:
+        spec: a config file and the name of one of its tables.
+        workdir: one directory per row is made in it.
+        only: the rows wanted; empty: all.
+        overrides: `--config.KEY=VALUE` words for every row.
+
+    Returns:
+        One dict per row: `row`, `model`, `parameters`, `state` (numbers that the state of one sequence holds after
+        `length` tokens), `tokens` (seen in training), `seconds` (of the run from start to end), and its metrics.
+
+    Raises:
+        ValueError: for an unknown table or row.
+        TrainingError, CheckpointError: as `train.loop.train` does.
+    """
+    file, rows = config_lib.table(spec)
+    for row in only:
+        if row not in rows:
+            raise ValueError(f"{spec} has no row {row!r}{nearest(row, rows)}")
+    found = []
+    for row in only or rows:
+        config = config_lib.load(f"{file}:{row}", overrides)
+        place = epath.Path(workdir) / row.replace(",", "_")
+        found.append({"row": row, **_result(config, place)})
+    return found
+
+
+def _result(config: ml_collections.FrozenConfigDict, workdir: epath.Path) -> dict[str, Any]:
+    path, described = workdir / RESULT_FILE, config_lib.plain(config)
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if not config_lib.differences(kept.pop("config"), config):
+            return kept
+    run = loop.prepare(config, str(workdir))
+    result = loop.train(run)
+    model, length = run.program.model, run.train_set.length
+    result = {
+        "model": config.model.name,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract_state.params)),
+        "state": _state_size(model, run.program.abstract_state.variables(), length),
+        "tokens": result["step"] * config.data.batch_size * length,
+        **result,
+    }
+    if getattr(model, "clear_every", None) is not None and "test_bits_per_byte" in result:
+        result["cost_of_clearing"] = _cost_of_clearing(workdir)
+    path.write_text(json.dumps({**result, "config": described}))
+    return result
+
+
+def _state_size(model: SequenceModel, variables: Any, length: int) -> int:
+    beside = {name: like for name, like in model.example_inputs().items() if name != "tokens"}
+
+    def initial(variables, beside):
+        return model.apply(variables, 1, length, **beside, method="initial_state")
+
+    state = jax.eval_shape(initial, variables, beside)
+    return sum(leaf.size for leaf in jax.tree.leaves(state))
+
+
+def _cost_of_clearing(workdir: epath.Path) -> float:
+    """Bits per byte lost where the memories are cleared at every token, on the first rows of the test split."""
+    kept, cleared = (
+        evaluate.score_run(
+            workdir, examples=CLEARED_ROWS, overrides=[f"{config_lib.FLAG}model.overrides.clear_every={every}"]
+        )["test_bits_per_byte"]
+        for every in (0, 1)
+    )
+    return cleared - kept
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line per row: what it is, what it cost, and the metrics that any row has."""
+    names = [name for name in METRICS if any(name in row for row in rows)]
+    cells = [("", "parameters", "state", "tokens", "seconds", *(METRICS[name][0] for name in names))]
+    for row in rows:
+        sizes = (scaled(row[name]) for name in ("parameters", "state", "tokens"))
+        values = (METRICS[name][1].format(row[name]) if name in row else "" for name in names)
+        cells.append((row["row"], *sizes, f"{row['seconds']:,.0f}", *values))
+    return table(cells, "<" + ">" * (len(cells[0]) - 1))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: its arguments; None means those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 a training failed, 2 the arguments, the data or the workdir are wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m train.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE:TABLE", help="a config file and one of its tables")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the runs are kept; goes on with them")
+    parser.add_argument("--only", action="append", default=[], metavar="ROW", help="this row; may be given again")
+    arguments, overrides = parser.parse_known_args(argv)
+    host.keep_freed_memory()
+    host.cache_compiled_programs()
+    try:
+        rows = compare(arguments.config, arguments.workdir, arguments.only, overrides)
+    except loop.TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except evaluate.ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(_columns(rows)))
+    print(json.dumps({row["row"]: {name: value for name, value in row.items() if name != "row"} for row in rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
