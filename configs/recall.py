@@ -30,6 +30,8 @@ TASKS = {
     "sort": ("sort", 32, dict(symbols=16), 600),
 }
 ENCODER_DECODER = ("copy", "sort")
+# Of two blocks, where three to one does not go.
+PATTERNS = {"hgrn2_h": "HA", "gated_deltanet_h": "GA"}
 
 TABLES = {
     "mqar": (
@@ -57,6 +59,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model = dict(name=f"{mixer}_nano")
     if not both:
         config.model.overrides = dict(width=64, depth=2, num_heads=2, mlp_hidden=128, conv_width=4)
+    if mixer in PATTERNS:
+        config.model.overrides.mixers = PATTERNS[mixer]
     config.data = dict(
         name=name,
         eval_split="test",

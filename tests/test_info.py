@@ -10,6 +10,8 @@ import pytest
 
 import zoo
 from tests.test_cost import taps_inside
+from zoo.image_model import ImageModel
+from zoo.pretrained import abstract_variables
 from zoo.tables import scaled, table
 
 NANO = """\
@@ -39,6 +41,9 @@ def dual_block_macs(side: int, dim: int, heads: int, window: int = 4) -> int:
     return 4 * positions + 2 * linear + inside_windows + between_channels
 
 
+IMAGE_NANOS = [name for name in zoo.list_models("*_nano") if isinstance(zoo.create_model(name), ImageModel)]
+
+
 def test_macs_and_parameters_of_every_stage():
     info = zoo.model_info("davit_nano")
     macs = {stage.name: stage.macs for stage in info.stages}
@@ -64,7 +69,7 @@ def test_macs_and_parameters_of_every_stage():
     assert str(info) == NANO
 
 
-@pytest.mark.parametrize("name", zoo.list_models("*_nano"))
+@pytest.mark.parametrize("name", IMAGE_NANOS)
 def test_stages_add_up_and_have_the_shapes_of_the_run(name):
     info = zoo.model_info(name, batch=2)
     model = zoo.create_model(name, image_size=info.image_size)
@@ -81,6 +86,28 @@ def test_stages_add_up_and_have_the_shapes_of_the_run(name):
     assert whole.pop("params") == info.parameters and sum(whole.values()) == info.statistics
     blocks = sum(stage.blocks or 0 for stage in info.stages)
     assert blocks == sum(key.startswith("stages_") for key in variables["params"])
+
+
+@pytest.mark.parametrize("name", ["yaad_h_nano", "gated_deltanet_h_nano", "routing_transformer_seq2seq_nano"])
+def test_blocks_of_a_sequence_model_add_up(name):
+    info = zoo.model_info(name, batch=2)
+    variables = abstract_variables(zoo.create_model(name))
+    assert (info.image_size, info.in_chans) == (None, None) and info.stages[-1].name == "head"
+    assert info.stages[-1].shape == (2, info.length, info.num_classes)
+    assert sum(stage.parameters for stage in info.stages) == info.parameters
+    assert sum(stage.macs for stage in info.stages) == info.macs
+    assert info.parameters == sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert sum(stage.blocks or 0 for stage in info.stages) == sum("blocks_" in key for key in variables["params"])
+    assert f"{info.length} tokens to a vocabulary of {info.num_classes}\n" in str(info)
+    assert "forward pass of a batch of 2 rows of tokens" in str(info)
+
+
+def test_macs_of_a_block():
+    """Projections, attention over all pairs, MLP; the head is the embedding."""
+    info = zoo.model_info("transformer_nano")
+    tokens, width, hidden = 256, 128, 536
+    block = tokens * (4 * width**2 + 3 * width * hidden) + 2 * tokens**2 * width
+    assert {stage.name: stage.macs for stage in info.stages} == {"blocks": 4 * block, "head": tokens * width * 257}
 
 
 def test_options():

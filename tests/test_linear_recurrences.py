@@ -137,6 +137,28 @@ def test_gradients_in_float32(op):
     assert_close(gradient, expected, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["decay per token", "decay per channel", "gated delta"])
+def test_any_strength_of_decay(name):
+    """From none to everything at once, side by side, in float32: no digit is lost, and no gradient is nan."""
+    op, rng, tokens = OPS[name], np.random.default_rng(10), 90
+    arrays, state = op.operands(rng, tokens, 8, 8), op.state(rng, 8, 8)
+    sizes = arrays["log_decay"].shape
+    uniform = rng.uniform(-50, 0, sizes)
+    steps = [uniform < -40, uniform < -30, uniform < -20]
+    arrays["log_decay"] = np.select(steps, [uniform, np.zeros(sizes), uniform * 1e-6], -np.exp(uniform))
+    arrays["log_decay"][:, 17] = -np.inf
+    arrays["log_decay"][:, 40:45] = -1e30
+    directions = jax.tree.map(lambda x: rng.standard_normal(x.shape), (arrays["value"], state))
+    single = jax.tree.map(lambda x: x.astype(np.float32), (arrays, state, directions))
+    segments = np.zeros((2, tokens), int)
+    actual = differentiated(op, "chunk", 64)(*as_jax(single[:2]), jnp.asarray(segments), as_jax(single[2]))
+    with jax.enable_x64(True):
+        exact = as_jax(jax.tree.map(lambda x: x.astype(np.float64), single))
+        results, gradient = differentiated(op, "plain")(*exact[:2], jnp.asarray(segments), exact[2])
+    assert_close(actual[0], results, 2e-6)
+    assert_close(actual[1], gradient, 1e-5)
+
+
 @every_op
 def test_a_state_handed_over_and_steps_of_one_token_change_nothing(op):
     rng = np.random.default_rng(5)

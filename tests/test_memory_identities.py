@@ -14,11 +14,15 @@ from kernels.memory_proximal import DIVERGENCES, ElasticNet, FDivergence
 from kernels.memory_retention import Bregman, Decay, Entropy, LqStability
 from kernels.memory_rule import MemoryRule
 from tests.reference.weights import pseudo_normal
-from tests.test_memory import float64, operands, ours  # noqa: F401
+from tests.test_memory import compiled, float64, operands  # noqa: F401
 
 
 def normal(size):
     return np.random.default_rng(1).standard_normal(size)
+
+
+def ours(arrays, gates, rule, **options):
+    return compiled(**arrays, **gates, rule=rule, **options)
 
 
 def near(actual, expected, tolerance=1e-12):
@@ -221,9 +225,7 @@ def test_equals_titans_pytorch(case, length):
         gates["log_momentum"] = np.log(gate("to_momentum"))
     bias = case if case in ("lp", "huber_norm") else "l2"
     rule = MemoryRule("mlp", bias, "decay", "momentum" if case == "momentum" else "gradient")
-    for form in ("chunk", "recurrent"):
-        out = ours(arrays, gates, rule, chunk_size=length, form=form)
-        np.testing.assert_allclose(out[:, :, 0], expected, rtol=1e-12, atol=1e-12)
+    near(ours(arrays, gates, rule, chunk_size=length)[:, :, 0], expected)
 
 
 def test_named_instances():

@@ -7,11 +7,20 @@ import jax
 import pytest
 
 import zoo
-from configs import digits
+from configs import digits, raster, recall, text
 from train import config as config_lib
 from train import loop
+from zoo import registry
+from zoo.image_model import ImageModel
 from zoo.keymap import flatten
+from zoo.language_model import LanguageModel
 from zoo.pretrained import abstract_variables
+
+
+def models(kind, pattern="*"):
+    """Names of the models of a kind."""
+    return [name for name in zoo.list_models(pattern) if issubclass(registry.family_of(name).module, kind)]
+
 
 PATCHES = pathlib.Path(__file__).parent / "data" / "tfds" / "colour_patches" / "1.0.0"
 SMALL = ("model.overrides.depths=(1,)", "model.overrides.dims=(8,)", "model.overrides.num_heads=(1,)")
@@ -51,7 +60,7 @@ def test_imagenet_recipe_on_another_tfds_data_set(tmp_path, name, words):
 
 
 def test_imagenet_recipe_takes_every_image_model():
-    for name in zoo.list_models():
+    for name in models(ImageModel):
         config = config_lib.load(f"configs/imagenet.py:{name}")
         assert config.model.name == name
         zoo.create_model(name, image_size=config.data.image_size, **config.model.overrides)
@@ -109,6 +118,34 @@ def test_tables_of_relative_positions_are_not_decayed(name, tables):
 
 
 def test_digits_takes_the_nano_of_every_image_family():
-    assert sorted(digits.MODELS) == zoo.list_models("*_nano")
+    assert sorted(digits.MODELS) == models(ImageModel, "*_nano")
     for name in digits.MODELS:
         assert config_lib.load(f"configs/digits.py:{name}").model.name == name
+
+
+def test_text_and_recall_take_the_nano_of_every_language_model():
+    nanos = [*models(LanguageModel, "*_nano"), "routing_transformer_nano"]
+    assert sorted(text.MODELS) == sorted(nanos)
+    assert sorted(f"{name}_nano" for name in recall.MIXERS) == sorted(models(LanguageModel, "*_nano"))
+    for file, rows in (
+        *(("text", rows) for rows in text.TABLES.values()),
+        *(("recall", rows) for rows in recall.TABLES.values()),
+        *(("raster", rows) for rows in raster.TABLES.values()),
+    ):
+        for row in rows:
+            config = config_lib.load(f"configs/{file}.py:{row}")
+            assert config.task == "next_token" and zoo.create_model(config.model.name, **config.model.overrides)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("configs/text.py:yaad", "no text config for 'yaad'; there are: yaad_nano, "),
+        ("configs/recall.py:mqar", r"no recall config 'mqar'; it takes TASK,MIXER: one of mqar, "),
+        ("configs/recall.py:copy,yaad", "for 'copy' one of routing_transformer_seq2seq"),
+        ("configs/raster.py:yaad", "no raster config for 'yaad'"),
+    ],
+)
+def test_configs_that_there_are_not(spec, message):
+    with pytest.raises(config_lib.ConfigError, match=message):
+        config_lib.load(spec)

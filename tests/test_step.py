@@ -23,7 +23,8 @@ RATE = 0.5
 
 @functools.cache
 def first_state(ema: bool = False) -> step.TrainState:
-    init = functools.partial(step.init_state, MODEL, optax.sgd(RATE), dict(images=jnp.zeros((1, 8, 8, 1))), seed=0, ema=ema)
+    inputs = dict(images=jnp.zeros((1, 8, 8, 1)))
+    init = functools.partial(step.init_state, MODEL, optax.sgd(RATE), inputs, seed=0, ema=ema)
     return jax.jit(init)()
 
 

@@ -277,7 +277,7 @@ def load_language_model(
     is_text = not data or data["name"] in TEXTS or data["name"].startswith("tfds:")
     if tokenizer is not None and not is_text:
         raise ValueError(f"tokenizer {tokenizer!r} was given, but {source} was trained on {data['name']!r}, no text")
-    known = tokenizer is not None or "tokenizer" in data
+    is_named = tokenizer is not None or "tokenizer" in data
     if is_text and not isinstance(tokenizer, Tokenizer):
         tokenizer = open_tokenizer(tokenizer or data.get("tokenizer", "bytes"))
     if data.get("length"):
@@ -288,14 +288,13 @@ def load_language_model(
     fields = {field: value for field, value in overrides.items() if field not in LOADING}
     overrides |= _vocabularies(model_name, fields, opened.arrays)
     model, variables, report = load_pretrained(name, opened, **overrides)
-    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
-        if not known:
-            return TrainedLanguageModel(model, variables, report, None, config)
+    fits = tokenizer is None or tokenizer.vocab_size <= model.vocab_size
+    if is_named and not fits:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, that which begins a text among them, and {model_name} "
             f"as loaded has {model.vocab_size}; name the tokenizer that it was trained with"
         )
-    return TrainedLanguageModel(model, variables, report, tokenizer, config)
+    return TrainedLanguageModel(model, variables, report, tokenizer if fits else None, config)
 
 
 def _vocabularies(name: str, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:

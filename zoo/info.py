@@ -136,7 +136,10 @@ def traced(name: str, batch: int, overrides: Mapping[str, Any]) -> tuple[ModelIn
         path = context.module.path
         # A stage's last block and the model itself return last. Without a head the model has several outputs.
         if context.method_name == "__call__" and len(path) < 2 and len(arrays := jax.tree.leaves(output)) == 1:
-            shapes[_stage_of(path[0]) if path else HEAD] = arrays[0].shape
+            stage = _stage_of(path[0]) if path else HEAD
+            # In the order of the last returns, so that what the head has in common with the embedding comes last.
+            shapes.pop(stage, None)
+            shapes[stage] = arrays[0].shape
         return output
 
     def forward(variables, inputs):

@@ -61,7 +61,10 @@ class TextWriter(Writer):
 
 
 class PixelWriter(Writer):
-    """Grey pixels, row by row; each is two characters wide, as characters are about twice as high."""
+    """Grey pixels, row by row; each is two characters wide, as characters are about twice as high.
+
+    Question marks stand for the token that begins an image, which a model may say though no image has it.
+    """
 
     def __init__(self, side: int, levels: int, prompt: Ids):
         self._side, self._levels = side, levels
@@ -70,13 +73,13 @@ class PixelWriter(Writer):
     def add(self, tokens: Ids) -> str:
         self._pixels += [int(token) for token in tokens]
         rows = len(self._pixels) // self._side
-        text = "".join(self._row(number) for number in range(self._shown, rows))
+        text = "".join("\n" * (number > 0) + self._row(number) for number in range(self._shown, rows))
         self._shown = rows
         return text
 
     def _row(self, number: int) -> str:
         pixels = self._pixels[number * self._side : (number + 1) * self._side]
-        return "".join(2 * self._shade(level) for level in pixels) + "\n"
+        return "".join(2 * self._shade(level) for level in pixels)
 
     def _shade(self, level: int) -> str:
         if level >= self._levels:
