@@ -139,7 +139,7 @@ def _surprise(rule: MemoryRule, linked: State, tokens: Tokens) -> dict[str, tupl
             y = _apply(linked[name], alpha * x if inside else x)
             return (alpha * y if first and not inside else y) + shifts[name]
 
-        return rule.memory.read(linear, key), inputs
+        return rule.memory.read(linear, key, rule.retention.balanced), inputs
 
     rows = {n: w.shape[-1] if rule.memory.sides[n] == "diagonal" else w.shape[-2] for n, w in linked.items()}
     shifts = {n: jnp.zeros((*key.shape[:2], r), key.dtype) for n, r in rows.items()}
@@ -212,7 +212,7 @@ def _sums(rule, weights, factors, surprise, tokens, starts):
             return _scaled(_over_tokens(factors[name]), w) * x
         return _scaled(factors[name], y)
 
-    out = rule.memory.read(linear, tokens.query)
+    out = rule.memory.read(linear, tokens.query, rule.retention.balanced)
     running = {n: _end(sides[n], *stepped[n], inside[n].last_kernel) for n in sides}
     for n, side in sides.items():
         part = inside[n]
@@ -264,10 +264,10 @@ def _steps(rule, weights, factors, surprise, tokens, starts):
 
         def linear(name, x):
             w = _link(rule, state[name], sides[name], factors[name])
-            return w * x if sides[name] == "diagonal" else (w * x[:, None]).sum(-1)
+            return w * x if sides[name] == "diagonal" else jnp.einsum("grc,gc->gr", w, x)
 
-        return moved, rule.memory.read(linear, token.query)
+        return moved, rule.memory.read(linear, token.query, rule.retention.balanced)
 
     in_time = jax.tree.map(lambda x: x.swapaxes(0, 1), (tokens._replace(starts=None), surprise, starts))
-    (running, velocity), out = jax.lax.scan(one, begin, in_time)
+    (running, velocity), out = jax.lax.scan(jax.checkpoint(one), begin, in_time)
     return Weights(weights.anchor, running, velocity), out.swapaxes(0, 1)

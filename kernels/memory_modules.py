@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kernels.memory_options import check_name
 
-# linear(name, x): the map of the fast weights `name` at x.
+# linear(name, x): the map of the fast weights `name` at x. `balanced` says that all rows of w1 have the same sum.
 Linear = Callable[[str, jax.Array], jax.Array]
 
 
@@ -22,7 +22,7 @@ class Vector:
     def shapes(self, heads: int, d: int, e: int) -> dict[str, tuple]:
         return {"w": (heads, d)}
 
-    def read(self, linear: Linear, x: jax.Array) -> jax.Array:
+    def read(self, linear: Linear, x: jax.Array, balanced: bool) -> jax.Array:
         return linear("w", x)
 
 
@@ -35,7 +35,7 @@ class Matrix:
     def shapes(self, heads: int, d: int, e: int) -> dict[str, tuple]:
         return {"w": (heads, e, d)}
 
-    def read(self, linear: Linear, x: jax.Array) -> jax.Array:
+    def read(self, linear: Linear, x: jax.Array, balanced: bool) -> jax.Array:
         return linear("w", x)
 
 
@@ -62,8 +62,12 @@ class MLP:
     def shapes(self, heads: int, d: int, e: int) -> dict[str, tuple]:
         return {"w1": (heads, d, "F"), "w2": (heads, "F", d)}
 
-    def read(self, linear: Linear, x: jax.Array) -> jax.Array:
+    def read(self, linear: Linear, x: jax.Array, balanced: bool) -> jax.Array:
         hidden = jax.nn.gelu(linear("w2", x), approximate=self.gelu == "tanh")
+        if balanced:
+            # Then the mean of the hidden units reaches all outputs alike, from which the norm would take it away again,
+            # and with it, where the rows of w1 are near each other, most digits.
+            hidden = hidden - hidden.mean(-1, keepdims=True)
         out = linear("w1", hidden)
         out = out - out.mean(-1, keepdims=True)
         return x + out * jax.lax.rsqrt(jnp.square(out).mean(-1, keepdims=True) + self.epsilon)

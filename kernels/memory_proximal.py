@@ -49,6 +49,10 @@ class FDivergence(Retention):
         if self.total is not None:
             check_positive(total=self.total)
 
+    @property
+    def balanced(self) -> bool:
+        return self.slices != "matrix"
+
     def start(self, weights: jax.Array, side: str) -> jax.Array:
         axes = slice_axes(self.slices, side)
         return slice_total(weights, axes, self.total) * jax.nn.softmax(weights, axis=axes)

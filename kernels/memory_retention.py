@@ -51,11 +51,13 @@ class Retention:
         decays: `log_retention` is `"refused"`, `"optional"` or `"required"`.
         additive: the update is linear in the state, so that momentum may act and chunks may be summed up.
         lags: the first token of a chunk takes a step of its own (`lag`).
+        balanced: the weights of an MLP's w1 have the same sum in every row.
     """
 
     decays: ClassVar[str] = "optional"
     additive: ClassVar[bool] = True
     lags: ClassVar[bool] = False
+    balanced: ClassVar[bool] = False
 
     def start(self, weights: jax.Array, side: str) -> jax.Array:
         """The state of a learned initial memory; for most gates what is learned is the state itself."""
@@ -131,6 +133,10 @@ class Entropy(Retention):
     @property
     def lags(self) -> bool:
         return self.interior == "linear"
+
+    @property
+    def balanced(self) -> bool:
+        return self.slices != "matrix" and not self.lags
 
     def _softmax(self, logits, side):
         axes = slice_axes(self.slices, side)

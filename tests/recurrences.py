@@ -72,13 +72,6 @@ class Op:
         keys = rng.uniform(1, 5, (batch, heads, channels)).astype(dtype)
         return LinearState(products, keys, np.arange(3.0, 3.0 + batch).astype(dtype))
 
-    def per_token(self, arrays, tokens):
-        """The operands with the tokens in front."""
-        return {
-            name: np.broadcast_to(array, (tokens, *array.shape)) if array.ndim == 1 else array.swapaxes(0, 1)
-            for name, array in arrays.items()
-        }
-
     def loop(self, arrays: Arrays, state=None, segments=None):
         """Output and last state in float64 numpy, token by token."""
         arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}

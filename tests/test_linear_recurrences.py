@@ -92,7 +92,7 @@ def test_equals_the_loop(name, shape):
         assert_close(actual, op.loop(arrays, state), 1e-12)
 
 
-@every_op
+@distinct_ops
 def test_float32(op):
     rng = np.random.default_rng(1)
     arrays, state = op.operands(rng, 150, 16, 8, dtype=np.float32), op.state(rng, 16, 8, dtype=np.float32)

@@ -85,7 +85,7 @@ def test_gradients_of_all_forms_agree(rule):
             near(jax.grad(total, (0, 1))(arrays, gates, "materialized"), expected, 1e-10)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=NAMES[:4])
+@pytest.mark.parametrize("rule", RULES[::2], ids=NAMES[:4:2])
 def test_gradients_are_those_of_differences(rule):
     arrays, gates = operands(rule, 6)
     rng = np.random.default_rng(1)
