@@ -137,16 +137,16 @@ def miras(
             `"mlp"`, `{"w": (H, E, D)}` for `"matrix"`, `{"w": (H, D)}` for `"vector"`.
         rule: the four choices; see `MemoryRule`, `moneta`, `yaad`, `memora`.
         step: inner step size, at least 0, for each head or each of its channels.
-        log_retention: log alpha, at most 0, likewise; None for alpha = 1 where the rule's gate allows it.
+        log_retention: log alpha, at most 0 and finite, likewise; None for alpha = 1 where the rule's gate allows it.
         threshold: for the Huber losses delta, positive, per channel for `"coord"` only; for `"shift_robust"` Delta.
-        log_momentum: log mu, at most 0, for `algorithm="momentum"`.
+        log_momentum: log mu, at most 0 and finite, likewise, for `algorithm="momentum"`.
         chunk_size: tokens whose gradients are taken at the same weights.
         form: `"chunk"`: chunk by chunk, the tokens of a chunk at once, in the dual form where the weights are the
             state times a factor (all of Yaad, Moneta with its defaults, Memora with `interior="linear"`), else with a
             chunk's states written down. `"recurrent"`: token by token, the form to decode with. `"materialized"`: as
             `"chunk"`, with the states of a chunk written down whatever the rule. The results are the same.
-        initial_state: what an earlier call returned, at any position of a chunk, or `initial_memory`; None for the
-            learned initial memory. Its own gradient is given, that of `weights` then comes from `segments` alone.
+        initial_state: what an earlier call of any form returned, at any position of a chunk, or `initial_memory`;
+            None for the learned initial memory. `weights` then count only where `segments` starts a document.
         return_state: also return a `MemoryState`.
         segments: ids of the documents packed into a row. A document is a run of equal ids and starts from `weights`;
             the first of a row goes on from `initial_state`. Nothing is read or written across. Chunks stay aligned
