@@ -14,6 +14,7 @@ from kernels.cluster_members import (
     COUNT_EPSILON,
     Assignment,
     default_scale,
+    on_grid,
     routed,
     self_logit,
     strided_members,
@@ -83,7 +84,8 @@ def routing_attention(
         membership: `"sequence"`: the best `window` of the whole sequence (see above). `"prefix"`: token t is in the
             clusters for which it is among the best `window` of tokens 0 to t, and attends to these; what the
             official decoder computes one token at a time. All at once it costs O(N * N * (D + K)), an evaluation's
-            price. `"nearest"`: every token is in the cluster of its best centroid only, and attends to the last
+            price; fits are compared on a grid (`kernels.cluster_members.on_grid`), lest rounding tell equal tokens
+            apart. `"nearest"`: every token is in the cluster of its best centroid only, and attends to the last
             `window` of it, itself included; for training, at O(N log N + N * window * D). These two are for causal
             shared attention.
         assignment: `"topk"` as described; `"strided"`: `window` tokens evenly spread over the ranking of all by
@@ -250,7 +252,7 @@ def _xla(
         return_weights=return_weights,
     )
     if membership == "prefix":
-        parts = prefix_attention(*operands, query_scores, *tables, *masks, window=window, **options)
+        parts = prefix_attention(*operands, on_grid(query_scores), *tables, *masks, window=window, **options)
     elif membership == "nearest":
         parts = nearest_attention(*operands, query_scores, *tables, *masks, window=window, **options)
     else:

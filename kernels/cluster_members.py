@@ -59,6 +59,16 @@ def routed(query, key, means, style: str, assignment: str):
     return heads_first(unit), heads_first(keys), query_scores, key_scores
 
 
+def on_grid(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Scores rounded to multiples of 2 ** -10 (of 2 ** -36 for float64).
+
+    How many tokens are computed at once changes the last digits of a score, and so the order of tokens that are
+    equal, such as a word that comes again. On the grid they are equal again, and the first goes first.
+    """
+    digits = 36 if scores.dtype == jnp.float64 else 10
+    return jnp.round(scores * 2**digits) / 2**digits
+
+
 def top_members(scores: Float[Array, "B H N K"], window: int) -> Int[Array, "B H K w"]:
     """For every cluster the `window` tokens with the highest scores, by position; of equals the first ones."""
     _, indices = jax.lax.top_k(scores.swapaxes(-1, -2), window)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.centroids import Style
 from kernels.choices import check_choice
-from kernels.cluster_members import COUNT_EPSILON, Assignment, default_scale, routed, self_logit
+from kernels.cluster_members import COUNT_EPSILON, Assignment, default_scale, on_grid, routed, self_logit
 from kernels.dense import accumulator_dtype
 from kernels.masking import masked_softmax
 from kernels.relative import check_tables, relative_logits, relative_values
@@ -92,7 +92,7 @@ def routing_state(
     valid = jnp.ones((b, 1, n), bool) if key_mask is None else key_mask[:, None]
     if membership == "prefix":
         scores = jnp.pad(
-            jnp.where(valid[..., None], scores, -jnp.inf),
+            jnp.where(valid[..., None], on_grid(scores), -jnp.inf),
             [(0, 0), (0, 0), (0, window), (0, 0)],
             constant_values=-jnp.inf,
         )
@@ -152,8 +152,10 @@ def routing_step(
     if scores.shape[-1] != state.key.shape[2]:
         raise ValueError(f"state is for {state.key.shape[2]} clusters, means for {scores.shape[-1]}")
     present = jnp.ones((q.shape[0], 1), bool) if key_mask is None else key_mask
-    store = _store_best if state.count is None else _store_last
-    state, members, inside = store(state, k, v, scores, present)
+    if state.count is None:
+        state, members, inside = _store_best(state, k, v, on_grid(scores), present)
+    else:
+        state, members, inside = _store_last(state, k, v, scores, present)
     options = dict(
         scale=default_scale(style, query.shape[-1]) if scale is None else scale, logit=self_logit(style, True)
     )

@@ -151,6 +151,26 @@ def test_token_by_token_equals_all_at_once(membership, name):
             np.testing.assert_allclose(mine, after[n - 1], atol=1e-12)
 
 
+def test_equal_tokens_are_equal_however_many_are_computed_at_once():
+    """float32 scores of a token that comes again differ in the last digits with its place in the product."""
+    dim, tokens = 64, 96
+    rows = normal("repeated", 1, 5, H, dim)[:, np.arange(tokens) * 7 % 5]
+    value, means = normal("value32", 1, tokens, H, E), normal("means32", H, K, dim)
+    rows, value, means = (jnp.asarray(x, jnp.float32) for x in (rows, value, means))
+    expected = routing_attention(rows, None, value, means, window=8, membership="prefix")
+
+    @jax.jit
+    def run(rows, value):
+        def step(state, token):
+            out, state = routing_step(token[0][:, None], token[1][:, None], means, state)
+            return state, out[:, 0]
+
+        empty = init_routing_state(1, H, K, 8, dim, E, membership="prefix", dtype=jnp.float32)
+        return jax.lax.scan(step, empty, (rows.swapaxes(0, 1), value.swapaxes(0, 1)))[1].swapaxes(0, 1)
+
+    np.testing.assert_allclose(run(rows, value), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("membership", MEMBERSHIPS)
 def test_equal_scores_take_the_first(membership):
     """Tokens that all fit alike: the first ones stay for "prefix", the last ones for "nearest"."""

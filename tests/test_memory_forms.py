@@ -66,7 +66,7 @@ def test_samples_may_stand_at_different_positions():
         near(out, jnp.stack([whole[0, 3:7], whole[1, 5:9]]))
 
 
-@pytest.mark.parametrize("rule", [*RULES, MOMENTUM], ids=NAMES)
+@pytest.mark.parametrize("rule", [RULES[0], *RULES[2:], MOMENTUM], ids=[NAMES[0], *NAMES[2:]])
 def test_gradients_of_all_forms_agree(rule):
     arrays, gates = operands(rule, 11, channels=rule.bias.threshold is None)
     direction = np.random.default_rng(2).standard_normal((2, 11, 2, 3))
@@ -80,9 +80,10 @@ def test_gradients_of_all_forms_agree(rule):
     with jax.disable_jit():
         expected = jax.grad(total, (0, 1))(arrays, gates, "recurrent")
         assert all(jnp.abs(g).max() > 1e-4 for g in jax.tree.leaves(expected))
-        near(jax.grad(total, (0, 1))(arrays, gates, "chunk"), expected, 1e-10)
-        if rule in (RULES[0], MOMENTUM):
-            near(jax.grad(total, (0, 1))(arrays, gates, "materialized"), expected, 1e-10)
+        for form in ("chunk", "materialized") if rule in (RULES[0], MOMENTUM) else ("chunk",):
+            actual = jax.grad(total, (0, 1))(arrays, gates, form)
+            for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+                np.testing.assert_allclose(a, e, rtol=1e-10, atol=1e-10 * jnp.abs(e).max())
 
 
 @pytest.mark.parametrize("rule", RULES[::2], ids=NAMES[:4:2])
