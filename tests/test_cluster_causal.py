@@ -152,12 +152,14 @@ def test_token_by_token_equals_all_at_once(membership, name):
 
 
 def test_equal_tokens_are_equal_however_many_are_computed_at_once():
-    """float32 scores of a token that comes again differ in the last digits with its place in the product."""
+    """A token that comes again differs in the last digits, by how many rows the products before had."""
     dim, tokens = 64, 96
     rows = normal("repeated", 1, 5, H, dim)[:, np.arange(tokens) * 7 % 5]
     value, means = normal("value32", 1, tokens, H, E), normal("means32", H, K, dim)
     rows, value, means = (jnp.asarray(x, jnp.float32) for x in (rows, value, means))
-    expected = routing_attention(rows, None, value, means, window=8, membership="prefix")
+    rounded = rows * (1 + 1e-7 * jnp.asarray(normal("rounding", 1, tokens, H, dim), jnp.float32))
+    assert (rounded != rows).any()
+    expected = routing_attention(rounded, None, value, means, window=8, membership="prefix")
 
     @jax.jit
     def run(rows, value):
