@@ -7,10 +7,12 @@ from kernels.cluster_step import routing_step
 from kernels.delta import delta_rule
 from kernels.dense import attention
 from kernels.depthwise import depthwise_conv2d
+from kernels.flow import flow_attention
 from kernels.gated_linear import gated_linear_attention
 from kernels.linear import linear_attention
 from kernels.local import local_attention
 from kernels.memory import memora, miras, moneta, yaad
+from kernels.norm_aware import norm_aware_linear_attention
 from kernels.rotary import rotary
 from kernels.short_conv import short_conv
 from kernels.window import merge_windows, partition_windows, window_attention
@@ -21,6 +23,7 @@ __all__ = [
     "channel_attention",
     "delta_rule",
     "depthwise_conv2d",
+    "flow_attention",
     "gated_linear_attention",
     "linear_attention",
     "local_attention",
@@ -28,6 +31,7 @@ __all__ = [
     "merge_windows",
     "miras",
     "moneta",
+    "norm_aware_linear_attention",
     "partition_windows",
     "region_descriptors",
     "rotary",
