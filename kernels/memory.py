@@ -114,6 +114,7 @@ def miras(
     initial_state: MemoryState | None = None,
     return_state: bool = False,
     segments: Int[Array, "B N"] | None = None,
+    aligned: bool = False,
     implementation: str | Sequence[str] | None = None,
 ):
     """An associative memory that every token teaches and reads: causal self-attention with a recurrent state.
@@ -152,6 +153,8 @@ def miras(
             the first of a row goes on from `initial_state`. Nothing is read or written across. Chunks stay aligned
             with the row: a document that starts inside a chunk takes its first gradients, up to the chunk's end, at
             `weights`. To have it computed as it would be alone, start it at a multiple of `chunk_size`.
+        aligned: a promise that documents start at chunks' starts only, for which less has to be compiled; where one
+            does not, it goes on with the memory of the document before up to the next chunk.
         implementation: None, a name or an order of preference; see `kernels.dispatch`.
 
     Returns:
@@ -167,7 +170,7 @@ def miras(
     arrays = (query, key, value, dict(weights), step, log_retention, threshold, log_momentum, segments, initial_state)
     options = dict(rule=rule, chunk_size=chunk_size, form=form, return_state=return_state)
     check_operands(*arrays, **options)
-    return dispatch("miras", TABLE, implementation, arrays, options)
+    return dispatch("miras", TABLE, implementation, arrays, {**options, "aligned": aligned})
 
 
 def _xla(query, key, value, weights, step, log_retention, threshold, log_momentum, segments, initial_state, **options):
@@ -197,7 +200,7 @@ def _xla(query, key, value, weights, step, log_retention, threshold, log_momentu
         position = initial_state.position
 
     def block(weights, tokens, opens, one_by_one=form == "materialized"):
-        return advance(rule, chunk_size, fresh, weights, tokens, opens, one_by_one)
+        return advance(rule, chunk_size, fresh, weights, tokens, opens, one_by_one, options["aligned"])
 
     run = _recurrent if form == "recurrent" else _chunks
     end, out = run(block, begin, position, operands, chunk_size)

@@ -44,7 +44,14 @@ class Weights(NamedTuple):
 
 
 def advance(
-    rule: MemoryRule, chunk_size: int, fresh: State, weights: Weights, tokens: Tokens, opens, one_by_one: bool
+    rule: MemoryRule,
+    chunk_size: int,
+    fresh: State,
+    weights: Weights,
+    tokens: Tokens,
+    opens,
+    one_by_one: bool,
+    aligned: bool,
 ) -> tuple[Weights, jax.Array]:
     """Runs a block of tokens of one chunk.
 
@@ -55,6 +62,7 @@ def advance(
         tokens: at most what remains of the chunk.
         opens: whether the block is at its chunk's start, True or `(G,)`.
         one_by_one: step through the tokens with every weight written down, even where sums over tokens would do.
+        aligned: no document starts after the block's first token.
 
     Returns:
         Where the memory stands after the block, and the outputs `(G, b, E)`.
@@ -67,7 +75,7 @@ def advance(
     if rule.retention.lags:
         weights, tokens = _lag(rule, weights, tokens, opens)
 
-    if tokens.starts is None or tokens.key.shape[1] == 1:
+    if tokens.starts is None or tokens.key.shape[1] == 1 or aligned:
         return _run(rule, chunk_size, weights, tokens, None, one_by_one)
     # Of the documents in a block the first goes on from `weights`, and all others start anew.
     starts = tokens.starts.at[:, 0].set(False)

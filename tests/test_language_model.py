@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 
 import zoo
+from zoo.counts import counts_of
 from zoo.language_model import MIXERS, NANO, LanguageModel, layers_of
 from zoo.linear_mixers import forget_bounds
 from zoo.miras import MirasModel
 from zoo.pretrained import abstract_variables
 from zoo.sequence_model import check_tokens, positions_of
 
-PATTERNS = [*MIXERS, "GA", "YW"]
-WITH_MEMORY = [letter for letter in MIXERS if letter not in "AW"]
+
+def slow_but(few, patterns):
+    """Cases of which only a few are run by the quick suite."""
+    return [p if p in few else pytest.param(p, marks=pytest.mark.slow) for p in patterns]
+
+
+PATTERNS = slow_but(("A", "W", "H", "G", "Y"), [*MIXERS, "GA", "YW"])
+WITH_MEMORY = slow_but(("N", "G", "Y"), [letter for letter in MIXERS if letter not in "AW"])
 FIELDS = dict(vocab_size=11, length=16, width=16, depth=2, num_heads=2, window=5, chunk_size=4, mlp_hidden=16)
 
 
@@ -88,9 +95,7 @@ def test_a_hybrid_takes_turns():
 def test_nano_models_have_as_many_parameters():
     """A comparison at equal parameters: within a hundredth of their mean."""
     names = [name for name in zoo.list_models("*_nano") if type(zoo.create_model(name)) in (LanguageModel, MirasModel)]
-    counts = {
-        name: sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(zoo.create_model(name)))) for name in names
-    }
+    counts = {name: counts_of(name)[0] for name in names}
     mean = np.mean(list(counts.values()))
     assert len(counts) == 17 and max(abs(count / mean - 1) for count in counts.values()) < 0.01, counts
     assert all(zoo.create_model(name).length == NANO["length"] for name in names)
@@ -106,7 +111,7 @@ def test_paper_sizes():
     ):
         model = zoo.create_model(f"yaad_{size}")
         assert (model.depth, model.width, model.num_heads, model.length) == (depth, width, 16, 4096)
-        assert sum(leaf.size for leaf in jax.tree.leaves(abstract_variables(model))) == parameters
+        assert counts_of(f"yaad_{size}")[0] == parameters
     assert zoo.create_model("yaad_h_340m").mixers == "YW" and zoo.create_model("yaad_h_340m").window == 2048
 
 
@@ -160,7 +165,7 @@ def test_arguments_that_do_not_fit():
         model.apply(variables, tokens(), 4, method="prefill")
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_recomputing_changes_no_gradient(remat):
     model, variables = made("YW")
     row = tokens()

@@ -31,7 +31,12 @@ def part(arrays, gates, start, stop):
     return cut, {n: g[:, start:stop] for n, g in gates.items()}
 
 
-@pytest.mark.parametrize("rule", [*RULES, MOMENTUM], ids=NAMES)
+def slow_but(few, rules, names):
+    """Cases of which only a few are run by the quick suite."""
+    return [pytest.param(r, marks=() if n in few else pytest.mark.slow, id=n) for r, n in zip(rules, names)]
+
+
+@pytest.mark.parametrize("rule", slow_but(("yaad", "memora"), [*RULES, MOMENTUM], NAMES))
 def test_any_split_gives_the_same(rule):
     """Prefill by chunks, decode token by token, go on by chunks inside a chunk: as if in one piece."""
     arrays, gates = operands(rule, 11, channels=rule.bias.threshold is None)
@@ -66,7 +71,9 @@ def test_samples_may_stand_at_different_positions():
         near(out, jnp.stack([whole[0, 3:7], whole[1, 5:9]]))
 
 
-@pytest.mark.parametrize("rule", [RULES[0], *RULES[2:], MOMENTUM], ids=[NAMES[0], *NAMES[2:]])
+@pytest.mark.parametrize(
+    "rule", slow_but(("momentum",), [RULES[0], *RULES[2:], MOMENTUM], [NAMES[0], *NAMES[2:]])
+)
 def test_gradients_of_all_forms_agree(rule):
     arrays, gates = operands(rule, 11, channels=rule.bias.threshold is None)
     direction = np.random.default_rng(2).standard_normal((2, 11, 2, 3))

@@ -120,7 +120,9 @@ def whole(model):
     return jax.jit(lambda variables, tokens, extra: model.apply(variables, tokens, **extra))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if "seq2seq, " in case else case for case in CASES]
+)
 def test_decoding_gives_what_whole_rows_give_and_nothing_leaks(case):
     name, fields = CASES[case]
     model, variables, tokens, extra = prepared(name, **fields)
@@ -207,7 +209,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("case", TRAINED)
+@pytest.mark.parametrize("case", ["text", "image", pytest.param("seq2seq", marks=pytest.mark.slow)])
 def test_training_moves_centroids_and_sows_losses(case):
     name, fields = TRAINED[case]
     model, variables, tokens, extra = prepared(name, **fields)

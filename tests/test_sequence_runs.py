@@ -61,7 +61,12 @@ def train(name, corpus, workdir, **values):
     return loop.train(loop.prepare(config_lib.load(name, words(name, corpus, **values)), str(workdir)))
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICK = ("configs/recall.py:mqar,moneta", "configs/raster.py:routing_transformer_image_nano")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_going_on_is_bit_equal(name, corpus, tmp_path, capsys):
     """Parameters, optimizer, centroids and the order of the data; the metrics are those of an unbroken run."""
     straight, cut = tmp_path / "straight", tmp_path / "cut"

@@ -105,6 +105,8 @@ class MemoryMixer(Mixer):
             initial_state=carried(self, past.get("memory"), rows, len(x)),
             return_state=True,
             segments=cleared(rows, x.shape[:2], self.clear_every),
+            # What `segment_multiple` demands of the data.
+            aligned=True,
             implementation=self.implementation,
         )
         y = RMSNorm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(y).reshape(x.shape)
