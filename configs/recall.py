@@ -59,6 +59,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model = dict(name=f"{mixer}_nano")
     if not both:
         config.model.overrides = dict(width=64, depth=2, num_heads=2, mlp_hidden=128, conv_width=4)
+    if mixer.startswith("memora"):
+        config.model.overrides.interior = "linear"
     if mixer in PATTERNS:
         config.model.overrides.mixers = PATTERNS[mixer]
     config.data = dict(

@@ -30,6 +30,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.task = "next_token"
     config.model = dict(name=name)
+    if name.startswith("memora"):
+        # The exact interior writes the weights of every token down, at several times the cost of a step.
+        config.model.overrides = dict(interior="linear")
     config.data = dict(name="stdlib", split="train", eval_split="test", length=256, batch_size=16, eval_batch_size=32)
     config.optim = dict(name="adamw", lr=3e-3, b2=0.95, weight_decay=0.1, clip_norm=1.0, warmup_steps=100, end_lr=3e-4)
     config.total_steps = 1500

@@ -77,19 +77,13 @@ def advance(
 
     if tokens.starts is None or tokens.key.shape[1] == 1 or aligned:
         return _run(rule, chunk_size, weights, tokens, None, one_by_one)
-    # Of the documents in a block the first goes on from `weights`, and all others start anew.
+    # Of the documents in a block the first goes on from `weights`, and all others start anew. Both are computed
+    # whatever there is: with the batch split over devices a branch would have to wait for all of them.
     starts = tokens.starts.at[:, 0].set(False)
-
-    def one_document(_):
-        return _run(rule, chunk_size, weights, tokens, None, one_by_one)
-
-    def documents(_):
-        first, out = _run(rule, chunk_size, weights, tokens, starts, one_by_one)
-        last, others = _run(rule, chunk_size, restarted, tokens, starts, one_by_one)
-        later = jnp.cumsum(starts, 1) > 0
-        return _select(later[:, -1], last, first), jnp.where(later[..., None], others, out)
-
-    return jax.lax.cond(starts.any(), documents, one_document, None)
+    first, out = _run(rule, chunk_size, weights, tokens, starts, one_by_one)
+    last, others = _run(rule, chunk_size, restarted, tokens, starts, one_by_one)
+    later = jnp.cumsum(starts, 1) > 0
+    return _select(later[:, -1], last, first), jnp.where(later[..., None], others, out)
 
 
 def _select(which, yes, no):

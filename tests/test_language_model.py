@@ -150,6 +150,7 @@ def test_layers_for_their_learning_rates():
         (dict(mixers="Y", huber="hard"), "hard"),
         (dict(mixers="M", link="none"), "none"),
         (dict(vocab_size=1), "vocab_size must be at least 2"),
+        (dict(mixers="AW", clear_every=1), "clear_every 1 needs a mixer with a memory; 'AW' has none"),
     ],
 )
 def test_fields_that_do_not_fit(fields, message):

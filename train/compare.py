@@ -19,7 +19,7 @@ import ml_collections
 from etils import epath
 
 from train import config as config_lib
-from train import evaluate, host, loop
+from train import evaluate, host, loop, text
 from zoo.registry import nearest
 from zoo.sequence_model import SequenceModel
 from zoo.tables import scaled, table
@@ -81,8 +81,13 @@ def _result(config: ml_collections.FrozenConfigDict, workdir: epath.Path) -> dic
         "tokens": result["step"] * config.data.batch_size * length,
         **result,
     }
-    if getattr(model, "clear_every", None) is not None and "test_bits_per_byte" in result:
-        result["cost_of_clearing"] = _cost_of_clearing(workdir)
+    if "test_bits_per_byte" in result:
+        if getattr(model, "has_memory", False):
+            result["cost_of_clearing"] = _cost_of_clearing(workdir)
+        documents = text.open_documents(
+            config.data.name, split=config.data.eval_split, path=config.data.path, **config.data.options
+        )
+        result["zlib_bits_per_byte"] = text.zlib_bits_per_byte(documents.texts)
     path.write_text(json.dumps({**result, "config": described}))
     return result
 
@@ -149,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n".join(_columns(rows)))
+    if figures := {row["zlib_bits_per_byte"] for row in rows if "zlib_bits_per_byte" in row}:
+        print(f"zlib at level 9, given the whole test text at once: {min(figures):.3f} bits per byte")
     print(json.dumps({row["row"]: {name: value for name, value in row.items() if name != "row"} for row in rows}))
     return 0
 

@@ -125,6 +125,13 @@ class LanguageModel(SequenceModel):
             raise ValueError(f"num_heads {self.num_heads} must divide width {self.width}")
         for index in range(len(self.mixers)):
             self.mixer(index).check()
+        if self.clear_every and not self.has_memory:
+            raise ValueError(f"clear_every {self.clear_every} needs a mixer with a memory; {self.mixers!r} has none")
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether any block keeps a state of fixed size that `clear_every` can empty."""
+        return any(hasattr(self.mixer(index), "clear_every") for index in range(len(self.mixers)))
 
     def mixer(self, index: int) -> Mixer:
         """The mixer of a block, unbound; its fields are those of the model that have the same names."""
