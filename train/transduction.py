@@ -6,8 +6,7 @@ import numpy as np
 
 from train.generated import Task, need, sequence
 from train.sequences import Example, shifted
-
-PADDING, BEGIN, END, SPECIAL = 0, 1, 2, 3
+from zoo.writing import BEGIN, END, PADDING, SPECIAL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
