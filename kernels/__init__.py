@@ -3,7 +3,7 @@
 from kernels.bilevel import bilevel_attention, region_descriptors, route_regions
 from kernels.channel import channel_attention
 from kernels.cluster import routing_attention
-from kernels.cluster_step import routing_step
+from kernels.cluster.step import routing_step
 from kernels.delta import delta_rule
 from kernels.dense import attention
 from kernels.depthwise import depthwise_conv2d

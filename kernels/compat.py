@@ -21,6 +21,5 @@ def match_varying(*arrays):
     varying = [jax.typeof(a).mat.varying for a in arrays]
     union = frozenset().union(*varying)
     return tuple(
-        jax.lax.pcast(a, tuple(union - axes), to="varying") if union - axes else a
-        for a, axes in zip(arrays, varying)
+        jax.lax.pcast(a, tuple(union - axes), to="varying") if union - axes else a for a, axes in zip(arrays, varying)
     )

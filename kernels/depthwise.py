@@ -75,8 +75,7 @@ def _check(x, kernel, bias, strides, padding, form) -> tuple[tuple[int, int], Pa
     channels = x.shape[-1]
     if kernel.ndim != 4 or kernel.shape[2:] != (1, channels):
         raise ValueError(
-            f"depthwise_conv2d: kernel must be (kh, kw, 1, {channels}) for x of shape {x.shape}, "
-            f"got {kernel.shape}"
+            f"depthwise_conv2d: kernel must be (kh, kw, 1, {channels}) for x of shape {x.shape}, got {kernel.shape}"
         )
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"depthwise_conv2d: bias must be ({channels},) for x of shape {x.shape}, got {bias.shape}")
@@ -218,9 +217,7 @@ def _kernel_gradient(x, kernel, dy, strides, pads):
     sums = []
     for i in range(kh):
         for columns in np.array_split(np.arange(kw), -(-kw // TAPS_PER_LOOP)):
-            products = [
-                _window(padded, (i, int(j)), (rows, width), strides).astype(acc) * dy for j in columns
-            ]
+            products = [_window(padded, (i, int(j)), (rows, width), strides).astype(acc) * dy for j in columns]
             products = [p.reshape(batch, fold, rows // fold, width, channels) for p in products]
             for folded in _sum_together(products, axis=1):
                 rest = folded.reshape(batch, -1, channels)

@@ -13,7 +13,7 @@ from kernels.chunks import FORMS, check_segments
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
 from kernels.gated_linear import gated_linear_attention
-from kernels.masking import document_runs
+from kernels.running import running
 
 
 def _elu1(x):
@@ -37,16 +37,6 @@ class LinearState(NamedTuple):
     products: Float[Array, "B H F E"]
     keys: Float[Array, "B H F"]
     tokens: Float[Array, " B"]
-
-
-def _counts(batch, tokens, segments, before):
-    """How many tokens of its document each token sees, itself included, `(B, N)`; `before` came before the row."""
-    position = jnp.arange(tokens)
-    if segments is None:
-        return before[:, None] + (position + 1)
-    runs = document_runs(segments)
-    starts = jnp.where(jnp.diff(runs, axis=1, prepend=0) > 0, position, 0)
-    return position + 1 - jax.lax.cummax(starts, axis=1) + jnp.where(runs == 0, before[:, None], 0)
 
 
 def _noncausal(query, key, value, *, feature_map, epsilon, return_weights):
@@ -102,7 +92,8 @@ def _causal(
         implementation="xla",
         return_weights=return_weights,
     )
-    counts = _counts(batch, tokens, segments, before).astype(acc)
+    # Tokens of its document that each token sees, itself among them.
+    counts = running(jnp.ones((batch, tokens, 1), acc), before[:, None], segments)[..., 0]
     out, normalizer = out[..., :-1], out[..., -1:]
     if epsilon is not None:
         seen = counts[:, :, None, None]

@@ -140,9 +140,7 @@ def window_attention(
     """
     b, h, w, c3 = qkv.shape
     if c3 % 3 or (c3 // 3) % num_heads:
-        raise ValueError(
-            f"qkv has {c3} channels, which is not 3 * C with C divisible by num_heads={num_heads}"
-        )
+        raise ValueError(f"qkv has {c3} channels, which is not 3 * C with C divisible by num_heads={num_heads}")
     if len(window) != 2 or min(window) < 1:
         raise ValueError(f"window must be a pair of positive sizes, got {window}")
     if partition not in ("block", "grid"):

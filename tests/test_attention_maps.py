@@ -236,9 +236,7 @@ def test_maps_of_a_model(watched):
     model, variables, images, _, _ = watched
     maps = attention_maps(model, variables, images)
     assert list(maps) == [
-        f"{block}/{kind}/attention"
-        for block in ("stages_0_0", "stages_1_0")
-        for kind in ("spatial", "channel")
+        f"{block}/{kind}/attention" for block in ("stages_0_0", "stages_1_0") for kind in ("spatial", "channel")
     ]
     first, channels = maps["stages_0_0/spatial/attention"], maps["stages_0_0/channel/attention"]
     assert (first.shape, first.window, first.partition, first.heads) == ((10, 6), (4, 4), "block", 1)

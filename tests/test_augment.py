@@ -129,9 +129,7 @@ def test_shift_is_a_crop_of_the_padded_image():
     h, w, _ = pixels.shape
     offsets = {padded[y : y + h, x : x + w].tobytes(): (y, x) for y in range(5) for x in range(5)}
     rng, n = np.random.default_rng(0), 5000
-    counts = collections.Counter(
-        offsets[transform(example(pixels), rng)["image"].tobytes()] for _ in range(n)
-    )
+    counts = collections.Counter(offsets[transform(example(pixels), rng)["image"].tobytes()] for _ in range(n))
     assert len(counts) == 25 and all(abs(count / n - 1 / 25) < 0.015 for count in counts.values())
 
 
@@ -216,9 +214,7 @@ def test_everything_works_on_grey_images():
 
 
 TRANSFORMS = {
-    "imagenet": train_transform(
-        16, interpolation="bicubic", auto_augment="rand-m9-mstd0.5-inc1", erase_prob=0.5
-    ),
+    "imagenet": train_transform(16, interpolation="bicubic", auto_augment="rand-m9-mstd0.5-inc1", erase_prob=0.5),
     "jitter": train_transform((16, 12), vflip=0.5),
     "small": random_crop_pad(48, pad=4, hflip=0.5, erase_prob=0.5),
     "turned": random_crop_pad(48, pad=4, rotate=10.0, zoom=(0.9, 1.1)),

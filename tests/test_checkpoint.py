@@ -141,5 +141,5 @@ def test_arrays_without_a_sharding_go_to_the_default_device(tmp_path):
 
 
 def test_reading_checkpoints_costs_no_import_until_it_happens():
-    code = "import sys, zoo.orbax_dir; sys.exit('orbax.checkpoint' in sys.modules)"
+    code = "import sys, zoo.formats.orbax_dir; sys.exit('orbax.checkpoint' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -30,7 +30,7 @@ from tests.checkpoints import (
 )
 from train import checkpoint
 from train.checkpoint import CheckpointError, read_state
-from zoo.orbax_dir import DamagedStep, verified
+from zoo.formats.orbax_dir import DamagedStep, verified
 
 
 def flip(path, draw):

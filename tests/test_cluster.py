@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.centroids import commitment_loss, normalize_tokens
 from kernels.cluster import routing_attention
-from kernels.cluster_members import hash_projections, top_members
+from kernels.cluster.centroids import commitment_loss, normalize_tokens
+from kernels.cluster.members import hash_projections, top_members
 from kernels.cost import cost
 from kernels.dispatch import record_choices
 from tests.parity import REFERENCE, part

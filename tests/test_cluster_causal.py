@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import cluster_causal
+from kernels.cluster import causal as cluster_causal
 from kernels.cluster import routing_attention
-from kernels.cluster_members import hash_projections
-from kernels.cluster_step import init_routing_state, routing_state, routing_step
+from kernels.cluster.members import hash_projections
+from kernels.cluster.step import init_routing_state, routing_state, routing_step
 from tests.reference import cluster as reference
 from tests.reference.weights import pseudo_normal
 

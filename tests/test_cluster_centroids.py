@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kernels.centroids import (
+from kernels.cluster.centroids import (
     Centroids,
     commitment_loss,
     init_centroids,

@@ -126,9 +126,7 @@ def test_refused_words(word, parts):
 
 
 def test_words_that_are_no_overrides():
-    with pytest.raises(
-        ConfigError, match="unexpected argument '--seed=1'; config keys are set with --config"
-    ):
+    with pytest.raises(ConfigError, match="unexpected argument '--seed=1'; config keys are set with --config"):
         load(SPEC, ["--seed=1"])
     with pytest.raises(ConfigError, match="--config.seed has no value; write --config.seed=VALUE"):
         load(SPEC, ["--config.seed", "--config.ema=0.9"])

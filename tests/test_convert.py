@@ -22,10 +22,10 @@ from tests.toy_family import (
     wanted_leaves,
 )
 from train.checkpoint import Checkpoints
+from zoo.formats.readers import read_weights
+from zoo.formats.torch_writer import write_torch
+from zoo.formats.writers import write_weights
 from zoo.keymap import unflatten
-from zoo.readers import read_weights
-from zoo.torch_writer import write_torch
-from zoo.writers import write_weights
 
 ENDINGS = (".safetensors", ".npz", ".pth", "")
 
@@ -191,7 +191,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch, ending):
     def fail(*_):
         raise OSError("the disk is full")
 
-    broken = "zoo.orbax_writer.write_digests" if ending == "" else "os.fsync"
+    broken = "zoo.formats.orbax_writer.write_digests" if ending == "" else "os.fsync"
     with monkeypatch.context() as patch:
         patch.setattr(broken, fail)
         with pytest.raises(OSError, match="the disk is full"):
@@ -258,7 +258,7 @@ def test_torch_files(tmp_path):
     # Every storage begins where 64 bytes do.
     raw = (tmp_path / "a.pth").read_bytes()
     assert raw.index(storages[0]) % 64 == 0
-    described = zoo.torch_writer._pickled({"w": ((large, DIM), np.dtype(np.int8), lambda: np.zeros(0))})
+    described = zoo.formats.torch_writer._pickled({"w": ((large, DIM), np.dtype(np.int8), lambda: np.zeros(0))})
     assert Unpickler(io.BytesIO(described)).load()["w"][0][-1] == large * DIM
     with pytest.raises(ValueError, match="torch has no storage of dtype uint16, which 'w' has"):
         write_weights(tmp_path / "b.pth", {"w": ((2,), np.dtype(np.uint16), lambda: np.zeros(2, np.uint16))})

@@ -196,9 +196,7 @@ def test_scan_counts_its_length_times():
     assert gradient.matmul_flops == 3 * 5 * once
 
 
-@pytest.mark.parametrize(
-    ("bounds", "rounds"), [((0, 6), 6), ((2, 9), 7), ((5, 5), 0), ((7, 3), 0)], ids=str
-)
+@pytest.mark.parametrize(("bounds", "rounds"), [((0, 6), 6), ((2, 9), 7), ((5, 5), 0), ((7, 3), 0)], ids=str)
 def test_fori_loop_with_constant_bounds(bounds, rounds):
     def run(x, w):
         return jax.lax.fori_loop(*bounds, lambda _, x: dense(x, w), x)

@@ -13,15 +13,15 @@ from kernels.cost import cost
 from train import config as config_lib
 from train import schema
 from zoo import __main__ as cli
-from zoo.generation import generate, load_language_model, stream
+from zoo.formats.orbax_writer import write_checkpoint
 from zoo.keymap import flatten, unflatten
-from zoo.language_model import LanguageModel
-from zoo.miras import MirasModel
-from zoo.orbax_writer import write_checkpoint
 from zoo.pretrained import abstract_variables
-from zoo.sampling import filter_logits
-from zoo.tokenizers import open_tokenizer
-from zoo.writing import END, SPECIAL, NumberWriter, PixelWriter, TextWriter
+from zoo.sequence.generation import generate, load_language_model, stream
+from zoo.sequence.language_model import LanguageModel
+from zoo.sequence.miras import MirasModel
+from zoo.sequence.sampling import filter_logits
+from zoo.sequence.tokenizers import open_tokenizer
+from zoo.sequence.writing import END, SPECIAL, NumberWriter, PixelWriter, TextWriter
 
 VOCABULARY, LENGTH = 17, 23
 TINY = dict(width=32, depth=2, num_heads=2, mlp_hidden=32)

@@ -20,8 +20,8 @@ from tests.toy_family import (
 )
 from zoo import registry
 from zoo.errors import WeightsError
+from zoo.formats.readers import file_sha256
 from zoo.pretrained import load_pretrained
-from zoo.readers import file_sha256
 
 
 def test_digest_of_a_tag(tmp_path):

@@ -10,11 +10,11 @@ import pytest
 
 import zoo
 from zoo.counts import counts_of
-from zoo.language_model import MIXERS, NANO, LanguageModel, layers_of
-from zoo.linear_mixers import forget_bounds
-from zoo.miras import MirasModel
 from zoo.pretrained import abstract_variables
-from zoo.sequence_model import check_tokens, positions_of
+from zoo.sequence.language_model import MIXERS, NANO, LanguageModel, layers_of
+from zoo.sequence.linear_mixers import forget_bounds
+from zoo.sequence.miras import MirasModel
+from zoo.sequence.sequence_model import check_tokens, positions_of
 
 
 def slow_but(few, patterns):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from kernels.memory import memora, miras, moneta, yaad
-from kernels.memory_modules import MLP
-from kernels.memory_proximal import ElasticNet, ElasticNetFTRL, FDivergence
-from kernels.memory_retention import Bregman, Decay, Entropy, LqStability
-from kernels.memory_rule import MemoryRule
+from kernels.memory.modules import MLP
+from kernels.memory.proximal import ElasticNet, ElasticNetFTRL, FDivergence
+from kernels.memory.retention import Bregman, Decay, Entropy, LqStability
+from kernels.memory.rule import MemoryRule
 from tests import memory_reference as ref
 
 FAN_IN = {"w": (-1,), "w1": (-1,), "w2": (-1,)}

@@ -9,10 +9,10 @@ import pytest
 
 from kernels.dispatch import record_choices
 from kernels.memory import initial_memory, memora, miras, moneta, yaad
-from kernels.memory_bias import Huber, LpError, ShiftRobust
-from kernels.memory_proximal import ElasticNet, ElasticNetFTRL, FDivergence
-from kernels.memory_retention import Bregman, Entropy, LqStability
-from kernels.memory_rule import MemoryRule
+from kernels.memory.bias import Huber, LpError, ShiftRobust
+from kernels.memory.proximal import ElasticNet, ElasticNetFTRL, FDivergence
+from kernels.memory.retention import Bregman, Entropy, LqStability
+from kernels.memory.rule import MemoryRule
 from kernels.residuals import residual_bytes
 from tests import memory_reference as ref
 from tests.test_memory import RULES, compiled, float64, operands, ours, shapes, theirs  # noqa: F401
@@ -71,9 +71,7 @@ def test_samples_may_stand_at_different_positions():
         near(out, jnp.stack([whole[0, 3:7], whole[1, 5:9]]))
 
 
-@pytest.mark.parametrize(
-    "rule", slow_but(("momentum",), [RULES[0], *RULES[2:], MOMENTUM], [NAMES[0], *NAMES[2:]])
-)
+@pytest.mark.parametrize("rule", slow_but(("momentum",), [RULES[0], *RULES[2:], MOMENTUM], [NAMES[0], *NAMES[2:]]))
 def test_gradients_of_all_forms_agree(rule):
     arrays, gates = operands(rule, 11, channels=rule.bias.threshold is None)
     direction = np.random.default_rng(2).standard_normal((2, 11, 2, 3))
@@ -232,7 +230,7 @@ def test_implementations():
         (dict(log_momentum=(2, 5, 2)), "algorithm 'gradient' takes no log_momentum"),
         (dict(rule=MemoryRule(bias="huber_norm", retention="none")), "retention NoRetention.* takes no log_retention"),
         (dict(rule=MemoryRule()), "bias SquaredError.* takes no threshold"),
-        (dict(segments=(2, 4)), r"segments must be \(B, N\) = \(2, 5\), got \(2, 4\)"),
+        (dict(segments=(2, 4)), r"segments must be \(B, N\), here \(2, 5\); got \(2, 4\)"),
         (dict(initial_state=3), r"initial_state.anchor must have the shapes .*\(2, 2, 3, 5\).*got .*\(3, 2, 3, 5\)"),
     ],
 )

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from kernels.memory import memora, moneta, yaad
-from kernels.memory_bias import Huber, LpError
-from kernels.memory_proximal import DIVERGENCES, ElasticNet, FDivergence
-from kernels.memory_retention import Bregman, Decay, Entropy, LqStability
-from kernels.memory_rule import MemoryRule
+from kernels.memory.bias import Huber, LpError
+from kernels.memory.proximal import DIVERGENCES, ElasticNet, FDivergence
+from kernels.memory.retention import Bregman, Decay, Entropy, LqStability
+from kernels.memory.rule import MemoryRule
 from tests.reference.weights import pseudo_normal
 from tests.test_memory import compiled, float64, operands  # noqa: F401
 

@@ -75,9 +75,7 @@ def test_lines(tmp_path):
 def test_refused_lines(tmp_path):
     writer = metrics.Writer(tmp_path)
     writer.write(10, {"loss": 1.0})
-    with pytest.raises(
-        ValueError, match=r"step 9 comes after step 10 in .*metrics.jsonl; call resume\(step\)"
-    ):
+    with pytest.raises(ValueError, match=r"step 9 comes after step 10 in .*metrics.jsonl; call resume\(step\)"):
         writer.write(9, {"loss": 1.0})
     with pytest.raises(TypeError, match="metric 'loss' must be a number or None, got 'low'"):
         writer.write(11, {"loss": "low"})

@@ -102,9 +102,7 @@ def test_images_are_mixed_as_their_labels(mode, batch):
     own = np.arange(batch, dtype=np.float32)
     other, pairs = own[::-1], own != own[::-1]
     weight = np.diagonal(targets, axis1=1, axis2=2)
-    np.testing.assert_allclose(
-        (weight + targets[:, np.arange(batch), np.arange(batch)[::-1]])[:, pairs], 1, atol=1e-6
-    )
+    np.testing.assert_allclose((weight + targets[:, np.arange(batch), np.arange(batch)[::-1]])[:, pairs], 1, atol=1e-6)
     np.testing.assert_allclose(targets.sum(2), 1, atol=1e-6)
     level = (weight * own + (1 - weight) * other)[..., None, None, None]
     is_own, is_other = (mixed == x[:, None, None, None] for x in (own, other))
@@ -128,9 +126,7 @@ def test_images_are_mixed_as_their_labels(mode, batch):
 def test_cutmix_boxes_equal_timm():
     table = json.loads(str(REFERENCE["tables"]))["cutmix_box"]
     for case, expected in zip(table, REFERENCE["cutmix_boxes"]):
-        y0, x0, y1, x1 = box = _cutmix_box(
-            jnp.float32(case["lam"]), *map(jnp.int32, case["center"]), *case["shape"]
-        )
+        y0, x0, y1, x1 = box = _cutmix_box(jnp.float32(case["lam"]), *map(jnp.int32, case["center"]), *case["shape"])
         assert (y0, y1, x0, x1) == tuple(expected[:4]), case
         np.testing.assert_allclose(_share_left(box, *case["shape"]), expected[4], atol=1e-6)
 
@@ -204,9 +200,7 @@ IMAGES, LABELS = jnp.zeros((2, 4, 4, 3)), jnp.zeros((2, 5))
 
 
 def mix(**settings):
-    return mixup_cutmix(
-        jax.random.key(0), IMAGES, LABELS, **{"mixup_alpha": 1.0, "cutmix_alpha": 1.0, **settings}
-    )
+    return mixup_cutmix(jax.random.key(0), IMAGES, LABELS, **{"mixup_alpha": 1.0, "cutmix_alpha": 1.0, **settings})
 
 
 @pytest.mark.parametrize(

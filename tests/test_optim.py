@@ -196,9 +196,7 @@ def test_the_optimizer_follows_its_schedule():
 def test_layer_decay():
     params = {f"layer_{i}": {"kernel": jnp.ones((2, 2))} for i in range(4)}
     config = settings(name="sgd", momentum=0.0, weight_decay=0.5, layer_decay=0.5)
-    optimizer, _ = optim.make(
-        config, 10, params, layer_id=lambda path: int(path.split("/")[0][-1]), num_layers=3
-    )
+    optimizer, _ = optim.make(config, 10, params, layer_id=lambda path: int(path.split("/")[0][-1]), num_layers=3)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     for i in range(4):
         np.testing.assert_allclose(

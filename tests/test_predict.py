@@ -17,7 +17,7 @@ from tests import runs
 from train import config as config_lib
 from zoo import pictures
 from zoo.commands import predict as command
-from zoo.orbax_writer import write_checkpoint
+from zoo.formats.orbax_writer import write_checkpoint
 from zoo.prediction import Preprocessing, best_guesses, load_classifier, predict, read_image, run_model
 from zoo.watch import DenseMap, LinearMap, RoutedMap, WindowMap, attention_maps
 

@@ -163,9 +163,7 @@ def test_damaged_classifiers_are_not_taken_as_fresh():
     arrays["head.fc.weight"] = arrays["head.fc.weight"].T
     with pytest.raises(WeightsError) as error:
         load_pretrained("toy_tiny", arrays)
-    assert error.value.problems == {
-        "misshapen": ("'head.fc.weight' is (8, 10), (10, 8) is wanted: looks transposed",)
-    }
+    assert error.value.problems == {"misshapen": ("'head.fc.weight' is (8, 10), (10, 8) is wanted: looks transposed",)}
 
 
 @pytest.mark.parametrize("chans", (1, 2, 4, 7))

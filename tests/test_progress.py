@@ -62,9 +62,7 @@ def test_the_bar_fits(width):
     shown = Progress(1_200_000, stream=io.StringIO())
     shown.phase("evaluating")
     shown.advance(1)
-    shown.update(
-        600_000, {"loss": 1.25, "accuracy": 0.5, "lr": 1e-3, "images_per_second": 2310.0, "grad_norm": 1.0}
-    )
+    shown.update(600_000, {"loss": 1.25, "accuracy": 0.5, "lr": 1e-3, "images_per_second": 2310.0, "grad_norm": 1.0})
     console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
     console.print(shown)
     bar, line = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue()).splitlines()

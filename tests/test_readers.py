@@ -18,8 +18,8 @@ import safetensors.numpy
 
 from tests.data.make_torch_fixtures import DIRECTORY, expected
 from zoo.errors import WeightsError
-from zoo.readers import open_source, read_weights
-from zoo.writers import write_weights
+from zoo.formats.readers import open_source, read_weights
+from zoo.formats.writers import write_weights
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ARRAYS = {
@@ -51,7 +51,7 @@ def test_torch_files(name):
     assert_same({k: np.ascontiguousarray(v) for k, v in source.arrays.items()} | scalars(source), expected())
     assert source.format == {"zip": "torch", "legacy": "torch (legacy)"}[name]
     assert source.unwrapped == ("state_dict",) and source.beside == ("args", "best", "epoch", "optimizer")
-    code = f"import sys; from zoo.readers import open_source; open_source({str(DIRECTORY / name)!r} + '.pth')"
+    code = f"import sys; from zoo.formats.readers import open_source; open_source({str(DIRECTORY / name)!r} + '.pth')"
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=True)
 
 

@@ -13,8 +13,8 @@ from train import loop
 from zoo import registry
 from zoo.image_model import ImageModel
 from zoo.keymap import flatten
-from zoo.language_model import LanguageModel
 from zoo.pretrained import abstract_variables
+from zoo.sequence.language_model import LanguageModel
 
 
 def models(kind, pattern="*"):

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 import zoo
-from zoo import registry, routing_image, routing_lucidrains, routing_seq2seq, routing_transformer
+from zoo import registry
 from zoo.keymap import flatten
 from zoo.pretrained import abstract_variables
+from zoo.routing_transformer.text import image as routing_image
+from zoo.routing_transformer.text import lucidrains as routing_lucidrains
+from zoo.routing_transformer.text import seq2seq as routing_seq2seq
+from zoo.routing_transformer.text import text as routing_transformer
 
 TEXT, IMAGE = "routing_transformer_nano", "routing_transformer_image_nano"
 SEQ2SEQ, LUCIDRAINS = "routing_transformer_seq2seq_nano", "routing_transformer_lucidrains_nano"

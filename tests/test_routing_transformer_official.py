@@ -13,15 +13,15 @@ import pytest
 import zoo
 from tests.reference.weights import pseudo_normal
 from zoo.errors import WeightsError
+from zoo.formats.readers import read_weights
 from zoo.keymap import flatten, unflatten
 from zoo.pretrained import abstract_variables
-from zoo.readers import read_weights
-from zoo.routing_attention import LocalHeads
-from zoo.routing_heads import Heads
-from zoo.routing_image import RoutingImageTransformer
-from zoo.routing_seq2seq import RoutingSeq2Seq
-from zoo.routing_transformer import RoutingTransformer
-from zoo.routing_weights import official_fields
+from zoo.routing_transformer.attention import LocalHeads
+from zoo.routing_transformer.heads import Heads
+from zoo.routing_transformer.image import RoutingImageTransformer
+from zoo.routing_transformer.seq2seq import RoutingSeq2Seq
+from zoo.routing_transformer.text import RoutingTransformer
+from zoo.routing_transformer.weights import official_fields
 
 # Odd heads, windows that overlap, a block that the row is no multiple of, distances beyond the reach.
 TINY = dict(

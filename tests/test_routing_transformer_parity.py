@@ -12,9 +12,9 @@ import zoo
 from tests.parity import REFERENCE, assert_gradients, assert_near, part
 from tests.reference import routing
 from tests.reference.weights import pseudo_normal, sample
+from zoo.formats.readers import read_weights
 from zoo.keymap import flatten
-from zoo.readers import read_weights
-from zoo.routing_lucidrains import RoutingTransformerLucidrains
+from zoo.routing_transformer.lucidrains import RoutingTransformerLucidrains
 
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 2e-4
 

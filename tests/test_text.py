@@ -14,7 +14,7 @@ import pytest
 from tests.datasets import PATCHES, TFRECORD
 from tests.texts import write_tfds
 from train import packing, text
-from zoo.tokenizers import Bytes, Encoding
+from zoo.sequence.tokenizers import Bytes, Encoding
 
 BEGIN = 256
 

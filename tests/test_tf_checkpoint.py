@@ -22,10 +22,11 @@ from tests.tf_checkpoints import (
     write_parts,
 )
 from tests.toy_family import assert_leaves, tensorflow_arrays, torch_arrays, toy, wanted_leaves  # noqa: F401
-from zoo import crc32c, load_pretrained
-from zoo.crc32c import masked_crc32c
+from zoo import load_pretrained
 from zoo.errors import WeightsError
-from zoo.readers import open_source, read_weights
+from zoo.formats import crc32c
+from zoo.formats.crc32c import masked_crc32c
+from zoo.formats.readers import open_source, read_weights
 
 PREFIXES = {
     "saver": DIRECTORY / "saver" / "model.ckpt-7",
@@ -93,7 +94,7 @@ def test_all_ways_to_name_one(copy, monkeypatch):
 
 
 def test_neither_tensorflow_nor_copies():
-    code = f"import sys; from zoo.readers import open_source; open_source({str(PREFIXES['saver'])!r})"
+    code = f"import sys; from zoo.formats.readers import open_source; open_source({str(PREFIXES['saver'])!r})"
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit('tensorflow' in sys.modules)"], check=True)
     assert not read_weights(PREFIXES["sharded"])["a/kernel"].flags.owndata
 

@@ -11,7 +11,7 @@ import sentencepiece
 import tokenizers
 
 from train import text
-from zoo.tokenizers import Bytes, Tokenizer, open_tokenizer
+from zoo.sequence.tokenizers import Bytes, Tokenizer, open_tokenizer
 
 LINES = ["def f(x):", "    return x + 1", "", "class A:", "    name = 'été naïve 日本'", "    <s> and </s>"] * 20
 TEXTS = [

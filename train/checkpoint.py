@@ -20,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from train import leaves
-from zoo.orbax_dir import (
+from zoo.formats.orbax_dir import (
     DIGESTS,
     CheckpointError,
     DamagedStep,

@@ -21,7 +21,7 @@ from etils import epath
 from train import config as config_lib
 from train import evaluate, host, loop, text
 from zoo.registry import nearest
-from zoo.sequence_model import SequenceModel
+from zoo.sequence.sequence_model import SequenceModel
 from zoo.tables import scaled, table
 
 RESULT_FILE = "result.json"

@@ -10,7 +10,7 @@ from train import augment, data, program, raster, recall, sources, text
 from train.sequences import SequenceSet
 from train.sources import Dataset
 from zoo import preprocess, registry
-from zoo.sequence_model import SequenceModel
+from zoo.sequence.sequence_model import SequenceModel
 
 
 def open_dataset(config: ml_collections.ConfigDict, split: str) -> Dataset | SequenceSet:

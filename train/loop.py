@@ -223,7 +223,8 @@ def _describe(run: Run) -> str:
     return (
         f"{run.config.model.name}: {parameters:,} parameters on {jax.device_count()} x {device.device_kind}; "
         f"{run.train_set.name}: {len(run.train_set):,} examples, {run.config.data.batch_size} a step"
-        + f" ({detail})" * bool(detail)
+        + f" ({detail})"
+        * bool(detail)
     )
 
 

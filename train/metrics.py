@@ -192,9 +192,7 @@ class _EventFile:
     def write(self, step: int, metrics: Metrics) -> None:
         """Adds one event with all metrics that are numbers."""
         values = {name: number(name, value) for name, value in metrics.items()}
-        scalars = [
-            {"tag": name, "simple_value": value} for name, value in values.items() if value is not None
-        ]
+        scalars = [{"tag": name, "simple_value": value} for name, value in values.items() if value is not None]
         self._write(step=step, summary={"value": scalars})
 
     def _write(self, **fields: Any) -> None:

@@ -122,9 +122,7 @@ def _scale_layers(layer_decay, params, layer_id, num_layers) -> optax.GradientTr
     if layer_decay == 1:
         return optax.identity()
     if layer_id is None:
-        raise ValueError(
-            f"optim.layer_decay {layer_decay} needs a layer_id, which was not given; set it to 1"
-        )
+        raise ValueError(f"optim.layer_decay {layer_decay} needs a layer_id, which was not given; set it to 1")
 
     def factor(path, leaf):
         layer = layer_id(path_of(path))

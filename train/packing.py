@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from train.sequences import Example, check_index
-from zoo.tokenizers import Encoding
+from zoo.sequence.tokenizers import Encoding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from train.sources import Dataset
 from zoo import registry
 from zoo.image_model import ImageModel
 from zoo.pretrained import abstract_variables
-from zoo.sequence_model import SequenceModel
+from zoo.sequence.sequence_model import SequenceModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +114,7 @@ def build(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> 
     abstract = jax.eval_shape(init)
     places = sharding.state_shardings(abstract, family.sharding_rules, mesh)
     rows = sharding.batch_sharding(mesh)
-    train_step = step.make_train_step(
-        model, optimizer, schedule, accum_steps=config.accum_steps, ema_decay=config.ema
-    )
+    train_step = step.make_train_step(model, optimizer, schedule, accum_steps=config.accum_steps, ema_decay=config.ema)
     return Program(
         model=model,
         task=task,

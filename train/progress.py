@@ -120,9 +120,7 @@ class Progress:
         row.add_column(no_wrap=True)
         row.add_row(
             self._phase,
-            ProgressBar(
-                total=self._total, completed=self._step, pulse=self._phase in ("starting", "compiling")
-            ),
+            ProgressBar(total=self._total, completed=self._step, pulse=self._phase in ("starting", "compiling")),
             f"{self._step:,}/{self._total:,}",
             self._time_left() or elapsed,
         )

@@ -203,9 +203,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         for path, names in CHOICES.items()
         if values[path] not in names
     ]
-    problems += [
-        f"{path} is not set" for path in ("model.name", "data.name", "total_steps") if not values[path]
-    ]
+    problems += [f"{path} is not set" for path in ("model.name", "data.name", "total_steps") if not values[path]]
     problems += [
         f"set {name} itself instead of model.overrides.{name}"
         for name in ("dtype", "param_dtype", "remat")

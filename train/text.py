@@ -15,7 +15,7 @@ from etils import epath
 from train import packing, prepared, splits
 from train.sequences import SequenceSet
 from zoo.registry import nearest
-from zoo.tokenizers import Bytes, Encoding, Tokenizer, open_tokenizer
+from zoo.sequence.tokenizers import Bytes, Encoding, Tokenizer, open_tokenizer
 
 SPLITS = ("train", "test")
 # One in this many documents, and of a single file this part, is for testing.
@@ -63,7 +63,7 @@ def open_text(
     Args:
         name, split, path, feature: see `open_documents`.
         length: number of tokens of a row.
-        tokenizer: "bytes", a file as `zoo.tokenizers.open_tokenizer` takes it, or a tokenizer.
+        tokenizer: "bytes", a file as `zoo.sequence.tokenizers.open_tokenizer` takes it, or a tokenizer.
         align, mode: see `train.packing.pack`.
 
     Returns:

@@ -6,7 +6,7 @@ import numpy as np
 
 from train.generated import Task, need, sequence
 from train.sequences import Example, shifted
-from zoo.writing import BEGIN, END, PADDING, SPECIAL
+from zoo.sequence.writing import BEGIN, END, PADDING, SPECIAL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,26 +1,17 @@
 """Attention models for JAX: build one by name, load its published weights, look inside."""
 
-from zoo import (  # noqa: F401
-    baselines,
-    biformer,
-    care,
-    davit,
-    maxvit,
-    miras,
-    routing_image,
-    routing_lucidrains,
-    routing_seq2seq,
-    routing_transformer,
-)
+from zoo import biformer, care, davit, maxvit, routing_transformer, sequence  # noqa: F401
 from zoo.cards import model_card
 from zoo.conversion import convert
 from zoo.errors import WeightsError
 from zoo.features import forward_intermediates
-from zoo.generation import generate, load_language_model
 from zoo.info import model_info
 from zoo.prediction import load_classifier, predict
 from zoo.pretrained import load_pretrained, save_pretrained
 from zoo.registry import create_model, list_models, pretrained_cfg
+from zoo.routing_transformer import image, lucidrains, seq2seq, text  # noqa: F401
+from zoo.sequence import baselines, miras  # noqa: F401
+from zoo.sequence.generation import generate, load_language_model
 from zoo.verification import verify
 from zoo.watch import attention_maps
 

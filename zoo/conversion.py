@@ -12,9 +12,10 @@ import numpy as np
 
 from zoo import registry
 from zoo.errors import WeightsError
+from zoo.formats.orbax_writer import holds_steps_only, write_checkpoint
+from zoo.formats.writers import SUFFIXES, write_weights
 from zoo.keymap import flatten, unflatten
 from zoo.matching import Names
-from zoo.orbax_writer import holds_steps_only, write_checkpoint
 from zoo.pretrained import (
     OWN_NAMING,
     check_naming,
@@ -24,7 +25,6 @@ from zoo.pretrained import (
     save_pretrained,
 )
 from zoo.report import LoadReport
-from zoo.writers import SUFFIXES, write_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -82,7 +82,7 @@ def convert(
     Args:
         name: model name or full tag.
         source: as in `load_pretrained`, but not None.
-        destination: a file whose suffix is one of `zoo.writers.SUFFIXES`, or, without a suffix, a checkpoint
+        destination: a file whose suffix is one of `zoo.formats.writers.SUFFIXES`, or, without a suffix, a checkpoint
             directory, which `load_pretrained` reads and the train loop starts from.
         naming: names in the file: a key of the family's `key_maps`, or `"zoo"` for the variables' own paths, which
             a directory always has. None keeps those of the source; from a directory, the family's first.

@@ -23,8 +23,7 @@ def fetch(cfg: PretrainedCfg) -> Path:
     """
     if cfg.hub_id is None or cfg.availability != "published":
         raise WeightsError(
-            f"{cfg.tag}: these weights cannot be fetched ({cfg.availability}; see {cfg.source});"
-            " pass a file as source="
+            f"{cfg.tag}: these weights cannot be fetched ({cfg.availability}; see {cfg.source}); pass a file as source="
         )
     try:
         from huggingface_hub import errors, hf_hub_download

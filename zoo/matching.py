@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from zoo.errors import WeightsError
+from zoo.formats.readers import Source
 from zoo.keymap import Entry, KeyMap, KeyMapError
-from zoo.readers import Source
 
 _HINTED = 20
 

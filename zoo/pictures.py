@@ -47,7 +47,6 @@ class Stage:
     block: int
     maps: tuple[Any, ...]
 
-
     @property
     def shows_received(self) -> bool:
         """Whether there is a panel of what tokens receive beside that of the one kind of attention."""

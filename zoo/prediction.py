@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from zoo import orbax_dir, registry
+from zoo import registry
+from zoo.formats import orbax_dir
 from zoo.image_model import ImageModel
 from zoo.preprocess import EvalTransform, decode, eval_transform, published_transform
 from zoo.pretrained import load_pretrained

@@ -14,11 +14,11 @@ import numpy as np
 
 from zoo import hub, registry
 from zoo.errors import WeightsError
+from zoo.formats.readers import Source, open_source
+from zoo.formats.writers import write_weights
 from zoo.keymap import Entry, KeyMap, flatten, identity_map, unflatten
 from zoo.matching import Loader, Names
-from zoo.readers import Source, open_source
 from zoo.report import LoadReport
-from zoo.writers import write_weights
 
 RESIZE_METHODS = ("bilinear", "bicubic", "geometric")
 

@@ -133,9 +133,7 @@ def split_tag(name: str) -> tuple[str, str | None]:
         return model, None
     tags = [tag for tag in _FAMILY_OF[model].pretrained if tag.partition(".")[0] == model]
     if name not in tags:
-        raise ValueError(
-            f"unknown weights {name!r}" + (nearest(name, tags) if tags else f"; {model} has none")
-        )
+        raise ValueError(f"unknown weights {name!r}" + (nearest(name, tags) if tags else f"; {model} has none"))
     return model, name
 
 

@@ -16,7 +16,7 @@ class LoadReport:
         model: name of the model.
         tag: full tag of the published weights, None where the source was given without one.
         source: path of the file or directory, or `"mapping"`.
-        format: of the source, as `zoo.readers.Source` names it.
+        format: of the source, as `zoo.formats.readers.Source` names it.
         sha256: digest of the file, None where there is not one file.
         digest: `"matches"` the tag's, or `"unknown"` where none is on record.
         naming: the key map that read the source.

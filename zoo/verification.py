@@ -15,9 +15,9 @@ import numpy as np
 
 from zoo import registry
 from zoo.errors import WeightsError
+from zoo.formats.readers import Source, open_source
 from zoo.info import sizes
 from zoo.pretrained import load_pretrained, open_weights
-from zoo.readers import Source, open_source
 from zoo.report import LoadReport
 from zoo.tables import table
 

@@ -86,9 +86,7 @@ def sharded(directory: Path) -> str:
     for number, tensors in enumerate(hosts):
         shard = tf.raw_ops.ShardedFilename(basename=str(directory / "part"), shard=number, num_shards=len(hosts))
         slices, values = zip(*tensors.values())
-        tf.raw_ops.SaveV2(
-            prefix=shard, tensor_names=list(tensors), shape_and_slices=list(slices), tensors=list(values)
-        )
+        tf.raw_ops.SaveV2(prefix=shard, tensor_names=list(tensors), shape_and_slices=list(slices), tensors=list(values))
         shards.append(shard)
     prefix = str(directory / "model.ckpt")
     tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=tf.stack(shards), destination_prefix=prefix)

@@ -90,9 +90,7 @@ def seeded(seed: int):
         for module in (transforms, auto_augment, random_erasing):
             stack.enter_context(mock.patch.object(module, "random", stream))
         stack.enter_context(mock.patch.object(auto_augment, "np", types.SimpleNamespace(random=stream)))
-        stack.enter_context(
-            mock.patch.object(torch, "rand", lambda _: torch.tensor([stream.random()]).double())
-        )
+        stack.enter_context(mock.patch.object(torch, "rand", lambda _: torch.tensor([stream.random()]).double()))
         stack.enter_context(mock.patch.object(jitter, "get_params", staticmethod(stream.jitter_params)))
         yield
 
@@ -136,9 +134,7 @@ def eval_cases() -> tuple[list[dict], list[np.ndarray]]:
 def op_cases() -> tuple[list[dict], list[np.ndarray]]:
     names = sorted({*auto_augment._RAND_TRANSFORMS, *auto_augment._RAND_INCREASING_TRANSFORMS})
     cases, results = [], []
-    for name, image, level, sign in itertools.product(
-        names, ("patch", "grey_patch"), (0.0, 3.7, 9.0, 10.0), (1, -1)
-    ):
+    for name, image, level, sign in itertools.product(names, ("patch", "grey_patch"), (0.0, 3.7, 9.0, 10.0), (1, -1)):
         if (name, level) in (("Posterize", 0.0), ("PosterizeIncreasing", 10.0)):
             continue  # 0 bits, which Pillow 13 refuses; the test has the closed form
         fill = (124, 116, 104) if image == "patch" else (110,)

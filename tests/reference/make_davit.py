@@ -206,9 +206,7 @@ def florence_record(size: tuple[int, int]) -> dict[str, np.ndarray]:
     }
 
 
-def attention_record(
-    block: torch.nn.Module, height: int, width: int, input_scale: float
-) -> dict[str, np.ndarray]:
+def attention_record(block: torch.nn.Module, height: int, width: int, input_scale: float) -> dict[str, np.ndarray]:
     """What timm's block adds to its input when all but its attention is put out of action.
 
     With the position convolutions and the last MLP layer zero and no norm, what is left is

@@ -5,7 +5,7 @@ import argparse
 import zoo
 from zoo.commands import arguments as shared
 from zoo.conversion import DTYPES
-from zoo.writers import SUFFIXES
+from zoo.formats.writers import SUFFIXES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from zoo.commands import arguments as shared
-from zoo.generation import TrainedLanguageModel, load_language_model, stream
 from zoo.prediction import DIGITS_SIDE
-from zoo.writing import BEGIN, END, PADDING, SPECIAL, NumberWriter, PixelWriter, TextWriter, Writer
+from zoo.sequence.generation import TrainedLanguageModel, load_language_model, stream
+from zoo.sequence.writing import BEGIN, END, PADDING, SPECIAL, NumberWriter, PixelWriter, TextWriter, Writer
 
 TOKENS = 200
 TEMPERATURE = 0.8

@@ -1,0 +1,3 @@
+"""Routing Transformer: the official models for text, images and pairs of sequences, and lucidrains' design."""
+
+from zoo.routing_transformer import image, lucidrains, seq2seq, text  # noqa: F401
