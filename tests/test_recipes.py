@@ -30,6 +30,7 @@ RUNS = [
     pytest.param("maxvit_nano", (), marks=pytest.mark.slow),
     pytest.param("biformer_nano", (), marks=pytest.mark.slow),
     pytest.param("care_nano", ("distill.teacher=",), marks=pytest.mark.slow),
+    pytest.param("vit_nano", (), marks=pytest.mark.slow),
 ]
 
 

@@ -354,7 +354,10 @@ class Checkpoints:
         ocp = import_orbax()
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
-                item=abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
+                item=abstract_state,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+                # The leaves are the same; a part without any may be missing, such as that of a task in older ones.
+                partial_restore=True,
             ),
             data=ocp.args.JsonRestore(),
             config=ocp.args.JsonRestore(),

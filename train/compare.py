@@ -20,6 +20,7 @@ from etils import epath
 
 from train import config as config_lib
 from train import evaluate, host, loop, text
+from train.sequences import SequenceSet
 from zoo.registry import nearest
 from zoo.sequence.sequence_model import SequenceModel
 from zoo.tables import scaled, table
@@ -28,10 +29,17 @@ RESULT_FILE = "result.json"
 # Metric -> its column's head, and how a number is written.
 METRICS = {
     "test_accuracy": ("accuracy", "{:.2%}"),
+    "test_general_accuracy": ("strangers", "{:.1%}"),
+    "test_twin_accuracy": ("twins", "{:.1%}"),
+    "test_hard_twin_accuracy": ("hard twins", "{:.1%}"),
+    "test_twin_auc": ("AUC of twins", "{:.3f}"),
+    "test_twin_tar_at_far_1pct": ("their TAR at 1 % FAR", "{:.1%}"),
     "test_bits_per_byte": ("bits per byte", "{:.3f}"),
     "cost_of_clearing": ("cost of clearing", "{:.3f}"),
     "test_bits_per_token": ("bits per token", "{:.3f}"),
 }
+# What is counted of a row, each a column.
+SIZES = ("parameters", "state", "tokens", "images")
 # Rows of tokens on which a memory that is cleared is compared with one that is not.
 CLEARED_ROWS = 256
 
@@ -46,8 +54,9 @@ def compare(spec: str, workdir: epath.PathLike, only: Sequence[str] = (), overri
         overrides: `--config.KEY=VALUE` words for every row.
 
     Returns:
-        One dict per row: `row`, `model`, `parameters`, `state` (numbers that the state of one sequence holds after
-        `length` tokens), `tokens` (seen in training), `seconds` (of the run from start to end), and its metrics.
+        One dict per row: `row`, `model`, `parameters`, `seconds` (of the run from start to end), and its metrics; of
+        sequences also `state` (numbers that the state of one holds after `length` tokens) and `tokens` (seen in
+        training), of others `images`.
 
     Raises:
         ValueError: for an unknown table or row.
@@ -73,12 +82,19 @@ def _result(config: ml_collections.FrozenConfigDict, workdir: epath.Path) -> dic
             return kept
     run = loop.prepare(config, str(workdir))
     result = loop.train(run)
-    model, length = run.program.model, run.train_set.length
+    model, examples = run.program.model, result["step"] * config.data.batch_size
+    if isinstance(run.train_set, SequenceSet):
+        length = run.train_set.length
+        seen = {
+            "state": _state_size(model, run.program.abstract_state.variables(), length),
+            "tokens": examples * length,
+        }
+    else:
+        seen = {"images": examples}
     result = {
         "model": config.model.name,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract_state.params)),
-        "state": _state_size(model, run.program.abstract_state.variables(), length),
-        "tokens": result["step"] * config.data.batch_size * length,
+        **seen,
         **result,
     }
     if "test_bits_per_byte" in result:
@@ -116,12 +132,20 @@ def _cost_of_clearing(workdir: epath.Path) -> float:
 def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line per row: what it is, what it cost, and the metrics that any row has."""
     names = [name for name in METRICS if any(name in row for row in rows)]
-    cells = [("", "parameters", "state", "tokens", "seconds", *(METRICS[name][0] for name in names))]
+    sizes = [name for name in SIZES if any(name in row for row in rows)]
+    cells = [("", *sizes, "seconds", *(METRICS[name][0] for name in names))]
     for row in rows:
-        sizes = (scaled(row[name]) for name in ("parameters", "state", "tokens"))
-        values = (METRICS[name][1].format(row[name]) if name in row else "" for name in names)
-        cells.append((row["row"], *sizes, f"{row['seconds']:,.0f}", *values))
+        counts = (scaled(row[name]) if name in row else "" for name in sizes)
+        values = (_written(name, row) if name in row else "" for name in names)
+        cells.append((row["row"], *counts, f"{row['seconds']:,.0f}", *values))
     return table(cells, "<" + ">" * (len(cells[0]) - 1))
+
+
+def _written(name: str, row: dict[str, Any]) -> str:
+    """A metric of a row, with its confidence interval where it has one."""
+    ends = [f"{name}_{end}" for end in ("low", "high")]
+    value, *interval = (METRICS[name][1].format(row[key]) for key in (name, *ends) if key in row)
+    return f"{value} [{', '.join(interval)}]" if interval else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
@@ -43,24 +44,28 @@ def evaluate(
     variables: Any,
     batches: Iterable[dict[str, np.ndarray]],
     rows: NamedSharding,
-    summarize: Callable[[dict[str, Any]], dict[str, float]],
-) -> dict[str, float]:
-    """The metrics of all unmasked examples.
+    summarize: Callable[[dict[str, Any]], Any],
+) -> Any:
+    """The metrics of all unmasked examples, or what else `summarize` makes of them.
 
     Args:
         eval_step: `(variables, batch) -> sums`.
         variables: what the model takes.
         batches: padded and masked batches (`train.data.eval_iterator`), this process's rows of each.
         rows: sharding of a batch.
-        summarize: from the sums of all batches, integers added exactly and floats in float64, to metrics: that of
-            the task (`train.tasks`).
+        summarize: from the sums of all batches, integers added exactly and floats in float64, and from the rows of
+            all batches behind one another, to metrics: that of the task (`train.tasks`).
     """
     totals: dict[str, Any] = {}
+    parts: dict[str, list[np.ndarray]] = {}
     for batch in batches:
-        sums = jax.device_get(eval_step(variables, place_batch(batch, rows)))
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0) + value.item()
-    return summarize(totals)
+        found = jax.device_get(eval_step(variables, place_batch(batch, rows)))
+        for name, value in found.items():
+            if value.ndim:
+                parts.setdefault(name, []).append(value)
+            else:
+                totals[name] = totals.get(name, 0) + value.item()
+    return summarize(totals | {name: np.concatenate(each) for name, each in parts.items()})
 
 
 def score(
@@ -72,7 +77,8 @@ def score(
     transform: data.EvalTransform,
     batch_size: int = BATCH_SIZE,
     workers: int = 0,
-) -> dict[str, float]:
+    summarize: Callable[[dict[str, Any]], Any] | None = None,
+) -> Any:
     """The task's metrics of a model, over all devices.
 
     Args:
@@ -83,6 +89,7 @@ def score(
         transform: the host's preprocessing.
         batch_size: a multiple of the number of devices; does not change the result but for rounding.
         workers: reader processes.
+        summarize: what is returned of all sums and rows, see `evaluate`; None: the task's metrics by name.
 
     Raises:
         ValueError: if the batch does not divide.
@@ -93,7 +100,8 @@ def score(
     eval_step = jax.jit(functools.partial(task.evaluate, model), out_shardings=replicated)
     batches = data.eval_iterator(dataset, batch_size=batch_size, transform=transform, workers=workers)
     with batches:
-        return evaluate(eval_step, jax.device_put(variables, replicated), batches, rows, task.summarize)
+        placed = jax.device_put(variables, replicated)
+        return evaluate(eval_step, placed, batches, rows, task.summarize if summarize is None else summarize)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,12 +218,7 @@ def score_run(
         CheckpointError: if there is no good checkpoint.
         ValueError: if the model does not fit the checkpoint or the data, or the run evaluates nothing.
     """
-    directory = epath.Path(workdir) / "checkpoints"
-    step, state, saved = read_state(directory, step, only=("params", "model_state", "ema"))
-    config = config_lib.overlay(saved, overrides)
-    averaged = bool(state.get("ema")) and not raw
-    variables = state["ema"] if averaged else {"params": state["params"], **state.get("model_state", {})}
-    print(f"{directory / str(step)}{', running averages' * averaged}", file=sys.stderr)
+    step, config, variables = load_run(workdir, step=step, raw=raw, overrides=overrides)
     splits = inputs.eval_splits(config)
     if split:
         splits = {re.sub(r"\W+", "_", split).strip("_"): split}
@@ -226,7 +229,7 @@ def score_run(
         dataset = inputs.open_dataset(config, split)
         if examples is not None:
             dataset = dataclasses.replace(dataset, source=_First(dataset.source, min(examples, len(dataset))))
-        if config.task == "classify" and config.data.image_size is None and dataset.image_shape is None:
+        if config.task != "next_token" and config.data.image_size is None and dataset.image_shape is None:
             raise ValueError(f"the images of {dataset.name} differ in size; give --image-size")
         model = program.build_model(config, dataset)
         _check_fits(model, variables, dataset)
@@ -243,6 +246,18 @@ def score_run(
         with jax.default_matmul_precision(config.matmul_precision):
             _add(result, prefix, dataset, found)
     return result
+
+
+def load_run(
+    workdir: epath.PathLike, *, step: int | None = None, raw: bool = False, overrides: Sequence[str] = ()
+) -> tuple[int, ml_collections.FrozenConfigDict, dict[str, Any]]:
+    """A checkpoint of a run: its step, the run's config, and the model's variables; see `score_run`."""
+    directory = epath.Path(workdir) / "checkpoints"
+    step, state, saved = read_state(directory, step, only=("params", "model_state", "ema"))
+    averaged = bool(state.get("ema")) and not raw
+    variables = state["ema"] if averaged else {"params": state["params"], **state.get("model_state", {})}
+    print(f"{directory / str(step)}{', running averages' * averaged}", file=sys.stderr)
+    return step, config_lib.overlay(saved, overrides), variables
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,12 +13,16 @@ from jaxtyping import Array, Float, Key
 
 import zoo
 from train.distill import distillation_loss
+from train.face_set import FaceSet
 from train.mixing import mixup_cutmix, normalize, one_hot_smooth, random_erase
 from train.next_token import NextToken
 from train.sequences import SequenceSet
 from train.sources import Dataset
+from train.verification import TASK, Verification
 from zoo import registry
 from zoo.pretrained import abstract_variables
+
+__all__ = ["TASK", "Batch", "Classify", "Distill", "Task", "make", "without_teacher"]
 
 Variables = Any
 Batch = dict[str, Array]
@@ -32,17 +36,24 @@ class Task(Protocol):
     A task is a pytree, an argument of the compiled step, so that arrays which it holds are no constants there.
     """
 
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """What it has beside the model: `params`, trained, and `state`, which `loss` updates; `{}` for nothing."""
+
     def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
         """The batch as the model sees it (augmentation that runs on the device)."""
 
     def loss(self, model: nn.Module, variables: Variables, batch: Batch, key: Key[Array, ""]):
-        """The mean loss over a prepared batch, then `(metrics, new model state)`."""
+        """The mean loss over a prepared batch, then `(metrics, new model state)`.
+
+        In `variables` the task's own params are those of `params[TASK]`, and its state is under `TASK`, as it is in the
+        new model state.
+        """
 
     def evaluate(self, model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
-        """Sums over the unmasked examples of a batch."""
+        """Sums over the unmasked examples of a batch, and arrays of a row for every example, masked ones too."""
 
     def summarize(self, totals: dict[str, Any]) -> dict[str, float]:
-        """The metrics of a whole data set, from the sums over all its batches."""
+        """The metrics of a whole data set, from the sums over all its batches, and all their rows in order."""
 
 
 @jax.tree_util.register_static
@@ -88,6 +99,9 @@ class Classify:
             erase_mode=config.augment.erase_mode if config.augment.erase_prob else None,
             dtype=jnp.dtype(config.dtype),
         )
+
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        return {}
 
     def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
         images = normalize(batch["image"], self.mean, self.std)
@@ -181,6 +195,8 @@ class Distill(Classify):
 
 def without_teacher(config: ml_collections.ConfigDict, model: nn.Module, dataset: Dataset | SequenceSet) -> Task:
     """The task that a config describes, but for a classifier's teacher: all that evaluation needs."""
+    if isinstance(dataset, FaceSet):
+        return Verification.from_config(config, model, dataset)
     if not isinstance(dataset, SequenceSet):
         return Classify.from_config(config, model.num_classes)
     return NextToken(

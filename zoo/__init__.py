@@ -1,6 +1,6 @@
 """Attention models for JAX: build one by name, load its published weights, look inside."""
 
-from zoo import biformer, care, davit, maxvit, routing_transformer, sequence  # noqa: F401
+from zoo import ahan, biformer, care, davit, dcal, maxvit, routing_transformer, sequence, vit  # noqa: F401
 from zoo.cards import model_card
 from zoo.conversion import convert
 from zoo.errors import WeightsError

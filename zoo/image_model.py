@@ -103,13 +103,17 @@ class ImageModel(nn.Module):
                 f"{nearest[0]}x{nearest[1]}"
             )
 
+    def check_images(self, images: Float[Array, "..."]) -> None:
+        """Raises `ValueError` for images that the model cannot take."""
+        if images.ndim != 4 or images.shape[-1] != self.in_chans:
+            raise ValueError(f"images must be (batch, height, width, {self.in_chans}), got {images.shape}")
+        self.check_image_size(*images.shape[1:3])
+
     def forward_intermediates(
         self, images: Float[Array, "B H W C"], train: bool = False
     ) -> list[Float[Array, "B h w D"]]:
         """The stem's output, then every stage's, each `(B, h, w, channels)`."""
-        if images.ndim != 4 or images.shape[-1] != self.in_chans:
-            raise ValueError(f"images must be (batch, height, width, {self.in_chans}), got {images.shape}")
-        self.check_image_size(*images.shape[1:3])
+        self.check_images(images)
         x = self.stem(images, train)
         features = [x]
         for i, blocks in enumerate(self.stages):
