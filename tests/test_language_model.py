@@ -146,6 +146,8 @@ def test_layers_for_their_learning_rates():
         (dict(mixers="G", chunk_size=0), "chunk_size must be at least 1"),
         (dict(mixers="Y", memory="vector"), "memory must be 'mlp' or 'matrix', got 'vector'"),
         (dict(mixers="Y", memory_chunk=0), "memory_chunk must be at least 1"),
+        (dict(mixers="Y", memory_epsilon=0.0), "memory_epsilon must be positive"),
+        (dict(mixers="M", max_error=-1.0), "max_norm must be positive"),
         (dict(mixers="Y", step_limit=0.0), "step_limit must be positive"),
         (dict(mixers="Y", huber="hard"), "hard"),
         (dict(mixers="M", link="none"), "none"),
