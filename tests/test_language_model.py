@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import zoo
+from kernels.memory import miras
 from zoo.counts import counts_of
 from zoo.pretrained import abstract_variables
 from zoo.sequence.language_model import MIXERS, NANO, LanguageModel, layers_of
 from zoo.sequence.linear_mixers import forget_bounds
 from zoo.sequence.miras import MirasModel
+from zoo.sequence.mixers import unit_norm
 from zoo.sequence.sequence_model import check_tokens, positions_of
 
 
@@ -82,6 +84,23 @@ def test_memories_are_cleared_after_so_many_tokens():
     cleared = logits(model, variables, row)
     halves = logits(kept, variables, row.reshape(2, 8)).reshape(1, 16, -1)
     np.testing.assert_allclose(cleared, halves, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("pattern, fields", [("Y", {}), ("M", {"link": "identity"})])
+def test_a_memory_that_was_taught_nothing_says_nothing(pattern, fields):
+    """What comes out is the query, but for some percent of what the norm could add; recall is not learned otherwise."""
+    model, variables = made(pattern, **fields)
+    mixer, params = model.mixer(0), variables["params"]["blocks_0"]["mixer"]
+    query = unit_norm(jax.random.normal(jax.random.key(0), (1, 8, mixer.num_heads, mixer.head_dim)))
+    none = jnp.zeros((1, 8, mixer.num_heads))
+    out = miras(
+        *(query, query, query, {name: params[f"memory_{name}"] for name in ("w1", "w2")}),
+        rule=mixer.rule,
+        step=none,
+        log_retention=none,
+        threshold=none + 1 if mixer.rule.bias.threshold else None,
+    )
+    assert 0 < float(jnp.sqrt(jnp.square(out - query).mean())) < 0.1
 
 
 def test_a_hybrid_takes_turns():
