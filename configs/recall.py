@@ -85,7 +85,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.log_every = 50
     config.checkpoint = dict(every_steps=1000, keep=1)
     if (task, mixer) == ("mqar", "moneta"):
-        config.total_steps = 600
+        config.total_steps = 1200
     if (task, mixer) == ("mqar", "transformer"):
         config.data.batch_size, config.total_steps, config.eval_every = 128, 300, 100
     return config

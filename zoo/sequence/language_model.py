@@ -141,7 +141,7 @@ class LanguageModel(SequenceModel):
 
     def setup(self) -> None:
         like = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        self.embed = nn.Embed(self.vocab_size, self.width, embedding_init=initializers.normal(self.width**-0.5), **like)
+        self.embed = nn.Embed(self.vocab_size, self.width, embedding_init=initializers.normal(0.02), **like)
         hidden = -(-self.width * 8 // (3 * 32)) * 32 if self.mlp_hidden is None else self.mlp_hidden
         block = rematerialize(Block, self.remat, static_argnums=(4,))
         self.blocks = [block(self.mixer(i), hidden, self.dropout_rate) for i in range(self.depth)]
@@ -181,7 +181,7 @@ class LanguageModel(SequenceModel):
 
     def _walk(self, tokens, rows: Rows, states, train: bool):
         # Embeddings of norm 1, as large as a branch's output when scaled: else it would drown them from the start.
-        x = self.dropout(self.embed(tokens) * self.width**0.5, deterministic=not train)
+        x = self.dropout(self.embed(tokens), deterministic=not train)
         after = []
         for block, state in zip(self.blocks, states, strict=True):
             x, state = block(x, rows, state, train)
