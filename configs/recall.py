@@ -84,6 +84,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.eval_every = 200
     config.log_every = 50
     config.checkpoint = dict(every_steps=1000, keep=1)
+    if mixer == "gated_deltanet":
+        config.optim.lr = 6e-3
     if (task, mixer) == ("mqar", "moneta"):
         config.total_steps = 1200
     if (task, mixer) == ("mqar", "transformer"):
