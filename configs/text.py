@@ -1,10 +1,11 @@
-"""Language models of about a million parameters on the source code of Python's own standard library, byte by byte.
+"""Language models of about a million parameters on the source code of Python's own standard library.
 
     python -m train --config configs/text.py:yaad_nano --workdir runs/yaad
 
 The argument is the nano variant of a language model. One file in twenty is for testing, chosen by its name; which
 files there are depends on the version of Python, so that numbers compare within one version only.
-`test_bits_per_byte` is of all bytes of those files, each predicted from at most the 256 before it.
+`test_bits_per_byte` is of all bytes of those files, each token predicted from at most the 256 before it. The tokens are
+those of a vocabulary of byte pairs, about three bytes each; `--config.data.tokenizer=bytes` takes the bytes themselves.
 """
 
 import ml_collections
@@ -41,11 +42,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         raise ValueError(f"no text config for {name!r}; there are: {', '.join(MODELS)}")
     config = ml_collections.ConfigDict()
     config.task = "next_token"
-    config.model = dict(name=name)
-    if name.startswith(tuple(OVERRIDES)):
-        config.model.overrides = OVERRIDES[name.partition("_")[0]]
-    config.data = dict(name="stdlib", split="train", eval_split="test", length=256, batch_size=4, eval_batch_size=32)
-    config.optim = dict(name="adamw", lr=3e-3, b2=0.95, weight_decay=0.1, clip_norm=1.0, warmup_steps=100, end_lr=1e-4)
+    config.model = dict(name=name, overrides=dict(OVERRIDES.get(name.partition("_")[0], {})))
+    if not name.startswith("routing_transformer"):
+        config.model.overrides.scale_embeddings = True
+    config.data = dict(name="stdlib", tokenizer="python", split="train", eval_split="test", length=256)
+    config.data.update(batch_size=4, eval_batch_size=32)
+    config.optim = dict(name="muon", lr=6e-3, momentum=0.95, b2=0.95, weight_decay=0.1, clip_norm=1.0)
+    config.optim.update(warmup_steps=100, end_lr=1e-4)
     config.total_steps = STEPS.get(name, 1200)
     config.log_every = 50
     config.checkpoint = dict(every_steps=500, keep=2)

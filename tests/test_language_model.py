@@ -45,6 +45,18 @@ def tokens(rows=1, length=16, seed=1):
     return jax.random.randint(jax.random.key(seed), (rows, length), 0, 11)
 
 
+def test_scaled_embeddings_are_embeddings_times_the_root_of_the_width():
+    model, variables = made("A", tie_embeddings=False)
+    scaled = model.clone(scale_embeddings=True)
+    embedding = variables["params"]["embed"]["embedding"]
+    smaller = {"params": {**variables["params"], "embed": {"embedding": embedding / 16**0.5}}}
+    np.testing.assert_allclose(
+        logits(scaled, smaller, tokens()), logits(model, variables, tokens()), rtol=1e-5, atol=1e-6
+    )
+    begin = scaled.clone(vocab_size=4096).init(jax.random.key(0), tokens())["params"]["embed"]["embedding"]
+    np.testing.assert_allclose(np.linalg.norm(begin, axis=1).mean(), 1, rtol=0.05)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_nothing_comes_from_the_future_and_documents_stay_apart(pattern):
     """A row, one that differs from token 8 on, the row as two documents of 8 tokens, and the second of these alone."""
