@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import zoo
+from kernels.memory import miras
 from zoo.counts import counts_of
 from zoo.pretrained import abstract_variables
 from zoo.sequence.language_model import MIXERS, NANO, LanguageModel, layers_of
 from zoo.sequence.linear_mixers import forget_bounds
 from zoo.sequence.miras import MirasModel
+from zoo.sequence.mixers import unit_norm
 from zoo.sequence.sequence_model import check_tokens, positions_of
 
 
@@ -41,6 +43,18 @@ def logits(model, variables, *arguments):
 
 def tokens(rows=1, length=16, seed=1):
     return jax.random.randint(jax.random.key(seed), (rows, length), 0, 11)
+
+
+def test_scaled_embeddings_are_embeddings_times_the_root_of_the_width():
+    model, variables = made("A", tie_embeddings=False)
+    scaled = model.clone(scale_embeddings=True)
+    embedding = variables["params"]["embed"]["embedding"]
+    smaller = {"params": {**variables["params"], "embed": {"embedding": embedding / 16**0.5}}}
+    np.testing.assert_allclose(
+        logits(scaled, smaller, tokens()), logits(model, variables, tokens()), rtol=1e-5, atol=1e-6
+    )
+    begin = scaled.clone(vocab_size=4096).init(jax.random.key(0), tokens())["params"]["embed"]["embedding"]
+    np.testing.assert_allclose(np.linalg.norm(begin, axis=1).mean(), 1, rtol=0.05)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -82,6 +96,23 @@ def test_memories_are_cleared_after_so_many_tokens():
     cleared = logits(model, variables, row)
     halves = logits(kept, variables, row.reshape(2, 8)).reshape(1, 16, -1)
     np.testing.assert_allclose(cleared, halves, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("pattern, fields", [("Y", {}), ("M", {"link": "identity"})])
+def test_a_memory_that_was_taught_nothing_says_nothing(pattern, fields):
+    """What comes out is the query, but for some percent of what the norm could add; recall is not learned otherwise."""
+    model, variables = made(pattern, **fields)
+    mixer, params = model.mixer(0), variables["params"]["blocks_0"]["mixer"]
+    query = unit_norm(jax.random.normal(jax.random.key(0), (1, 8, mixer.num_heads, mixer.head_dim)))
+    none = jnp.zeros((1, 8, mixer.num_heads))
+    out = miras(
+        *(query, query, query, {name: params[f"memory_{name}"] for name in ("w1", "w2")}),
+        rule=mixer.rule,
+        step=none,
+        log_retention=none,
+        threshold=none + 1 if mixer.rule.bias.threshold else None,
+    )
+    assert 0 < float(jnp.sqrt(jnp.square(out - query).mean())) < 0.1
 
 
 def test_a_hybrid_takes_turns():
@@ -146,6 +177,8 @@ def test_layers_for_their_learning_rates():
         (dict(mixers="G", chunk_size=0), "chunk_size must be at least 1"),
         (dict(mixers="Y", memory="vector"), "memory must be 'mlp' or 'matrix', got 'vector'"),
         (dict(mixers="Y", memory_chunk=0), "memory_chunk must be at least 1"),
+        (dict(mixers="Y", memory_epsilon=0.0), "memory_epsilon must be positive"),
+        (dict(mixers="M", max_error=-1.0), "max_norm must be positive"),
         (dict(mixers="Y", step_limit=0.0), "step_limit must be positive"),
         (dict(mixers="Y", huber="hard"), "hard"),
         (dict(mixers="M", link="none"), "none"),

@@ -263,6 +263,7 @@ def test_names_what_is_wrong(change, words):
         (lambda: MemoryRule(retention=Entropy(interior="linear"), read="before"), "read='after' only"),
         (lambda: MemoryRule("vector", retention=Entropy("matrix")), "slices must be 'fan_in', got 'matrix'"),
         (lambda: LpError(0.5), "p must be at least 1, got 0.5"),
+        (lambda: LpError(max_norm=0.0), "max_norm must be positive, got 0.0"),
         (lambda: LpError(smooth="sqrt"), "unknown smooth 'sqrt'"),
         (lambda: Huber("norms"), "unknown form 'norms'; did you mean 'norm'"),
         (lambda: ShiftRobust(0.0), "epsilon must be positive, got 0.0"),

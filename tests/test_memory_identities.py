@@ -203,6 +203,16 @@ def test_smoothing():
     near(small / (3 * np.square([0.01, 0.05, 0.1])), [0.0997, 0.4621, 0.7616], 1e-4)
 
 
+def test_bounded_errors():
+    """Of l_p errors that are too long the direction stays."""
+    r = np.asarray([[0.1, -0.2], [3.0, -4.0], [0.0, 0.0]])
+    free = 3 * r * np.sqrt(r**2 + 1e-6)
+    bounded = LpError(3.0, max_norm=2.0).error(jnp.asarray(r), jnp.zeros((3, 2)), None)
+    near(bounded, [free[0], 2 * free[1] / np.linalg.norm(free[1]), free[2]])
+    slope = jax.grad(lambda r: LpError(3.0, max_norm=2.0).error(r, 0 * r, None).sum())(jnp.asarray(r))
+    assert np.isfinite(slope).all()
+
+
 @pytest.mark.parametrize("case, length", [("l2", 4), ("lp", 4), ("huber_norm", 3), ("every_token", 1), ("momentum", 4)])
 def test_equals_titans_pytorch(case, length):
     with np.load(Path(__file__).parent / "reference" / "memory_titans.npz") as file:

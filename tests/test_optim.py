@@ -93,7 +93,56 @@ def test_lamb_is_the_papers_algorithm():
             np.testing.assert_allclose(found[name], x, rtol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb"])
+@pytest.mark.parametrize("shape", [(6, 6), (6, 15), (15, 6)])
+def test_muon_is_its_authors_algorithm(shape):
+    """Momentum, Nesterov's look-ahead, the quintic iteration and the scale that gives Adam's size, written out."""
+    beta, rate, decay, steps = 0.95, 0.01, 0.1, 5
+    random = np.random.default_rng(0)
+    grads = random.normal(size=(steps, *shape))
+    x = random.normal(size=shape)
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.asarray(x)}
+        optimizer, _ = optim.make(settings(name="muon", momentum=beta, weight_decay=decay), 100, params)
+        state = optimizer.init(params)
+        for g in grads:
+            updates, state = jax.jit(optimizer.update)({"kernel": jnp.asarray(g)}, state, params)
+            params = optax.apply_updates(params, updates)
+    momentum = np.zeros(shape)
+    for g in grads:
+        momentum = beta * momentum + (1 - beta) * g
+        # The iteration does not depend on the scale of what it is given, so that no bias is corrected here; optax
+        # corrects the momentum as of the next step and the gradient as of this one.
+        t = np.flatnonzero((grads == g).all(axis=(1, 2)))[0] + 1
+        ahead = beta * momentum / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+        y = ahead / np.linalg.norm(ahead)
+        y = y.T if shape[0] > shape[1] else y
+        for _ in range(5):
+            square = y @ y.T
+            y = 3.4445 * y + (-4.7750 * square + 2.0315 * square @ square) @ y
+        y = y.T if shape[0] > shape[1] else y
+        assert np.all(np.abs(np.linalg.svd(y, compute_uv=False) - 1) < 0.4)
+        x = x - rate * (0.2 * np.sqrt(max(shape)) * y + decay * x)
+    np.testing.assert_allclose(params["kernel"], x, rtol=1e-6, atol=1e-8)
+
+
+def test_muon_leaves_heads_embeddings_and_vectors_to_adam():
+    params = {
+        "embed": {"embedding": jnp.ones((3, 4))},
+        "block": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4), "conv": {"kernel": jnp.ones((2, 2, 4))}},
+        "head": {"kernel": jnp.ones((4, 3))},
+    }
+    random = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), params)
+    steps = {}
+    for name in ("muon", "adamw"):
+        optimizer, _ = optim.make(settings(name=name), 10, params)
+        steps[name], _ = optimizer.update(grads, optimizer.init(params), params)
+    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), steps["muon"], steps["adamw"])
+    assert same.pop("block") == {"kernel": False, "bias": True, "conv": {"kernel": True}}
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "muon"])
 def test_weight_decay_is_decoupled(name):
     """With no gradient only the decay acts, and on the kernel only: p times (1 - lr * weight_decay)."""
     params = start()
@@ -234,13 +283,15 @@ def test_the_state_is_laid_out_like_the_parameters(name):
     leaves = jax.tree_util.tree_leaves_with_path(optimizer.init(params))
     moments = 0
     for path, leaf in leaves:
-        if leaf.ndim == 0:
+        if getattr(path[-1], "name", "") == "ns_coeffs":
+            assert name == "muon" and leaf.shape == (3,)
+        elif leaf.ndim == 0:
             assert leaf.dtype == jnp.int32
         else:
             moments += 1
             owner = params["block"][path[-1].key]
             assert path[-2].key == "block" and (leaf.shape, leaf.dtype) == (owner.shape, owner.dtype)
-    assert moments == (2 if name == "sgd" else 4)
+    assert moments == {"sgd": 2, "muon": 3}.get(name, 4)
 
 
 def test_moving_average_is_its_formula():

@@ -11,10 +11,10 @@ import zoo
 from zoo import registry
 from zoo.keymap import flatten
 from zoo.pretrained import abstract_variables
-from zoo.routing_transformer.text import image as routing_image
-from zoo.routing_transformer.text import lucidrains as routing_lucidrains
-from zoo.routing_transformer.text import seq2seq as routing_seq2seq
-from zoo.routing_transformer.text import text as routing_transformer
+from zoo.routing_transformer import image as routing_image
+from zoo.routing_transformer import lucidrains as routing_lucidrains
+from zoo.routing_transformer import seq2seq as routing_seq2seq
+from zoo.routing_transformer import text as routing_transformer
 
 TEXT, IMAGE = "routing_transformer_nano", "routing_transformer_image_nano"
 SEQ2SEQ, LUCIDRAINS = "routing_transformer_seq2seq_nano", "routing_transformer_lucidrains_nano"

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from train import text
+from train import text, vocabulary
 from zoo.sequence.tokenizers import Bytes, Tokenizer, open_tokenizer
 
 LINES = ["def f(x):", "    return x + 1", "", "class A:", "    name = 'été naïve 日本'", "    <s> and </s>"] * 20
@@ -232,6 +232,45 @@ def test_names_and_files(tmp_path):
     (tmp_path / "x.model").write_bytes(b"no model")
     with pytest.raises(ValueError, match="x.model' is no sentencepiece model: "):
         open_tokenizer(tmp_path / "x.model")
+
+
+def test_the_built_in_vocabulary_was_learnt_from_this_source_code():
+    tokenizer = open_tokenizer("python")
+    assert (tokenizer.vocab_size, tokenizer.begin) == (2049, 2048)
+    documents = text.open_documents("stdlib", split="test")
+    found = text.open_text("stdlib", split="test", length=256, tokenizer="python")
+    assert "the tokenizer loses nothing" in found.detail
+    tokens = len(tokenizer.encode(documents.texts[0]))
+    assert 2 < len(documents.texts[0]) / tokens < 4
+    # Indentation is one token.
+    assert len(tokenizer.encode(b"\n        return")) <= 3
+
+
+def test_a_vocabulary_is_learnt_from_the_training_part_alone(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "test").mkdir()
+    (tmp_path / "train" / "a.txt").write_text("abcabc abcabc " * 40)
+    (tmp_path / "test" / "b.txt").write_text("xyzxyz xyzxyz " * 400)
+    file = tmp_path / "v.json"
+    assert vocabulary.main([str(file), "--data=files", f"--path={tmp_path}", "--size=300"]) == 0
+    assert "learnt from" in capsys.readouterr().out
+    tokenizer = open_tokenizer(file)
+    assert len(tokenizer.encode(b"abcabc abcabc")) == 2 and len(tokenizer.encode(b"xyzxyz")) == 6
+    assert tokenizer.vocab_size < 300
+    learnt = [vocabulary.learn(documents, 300) for documents in ([b"abab cdcd\n" * 9], iter([b"abab cdcd\n" * 9]))]
+    assert learnt[0] == learnt[1]
+
+
+def test_a_vocabulary_that_cannot_be_learnt(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n" * 40)
+    for arguments, message in (
+        (["v.json", "--size=255"], "size must be at least 256, the number of bytes, got 255"),
+        (["v.txt"], "FILE must end in .json"),
+        (["v.json", "--data=files", f"--path={tmp_path / 'a.txt'}"], "can't decode byte 0xe9"),
+    ):
+        assert vocabulary.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("v.*"))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.cache_compiled_programs()
     try:
         run = loop.prepare(config.load(arguments.config, overrides), arguments.workdir)
-    except (ValueError, TypeError, OSError, NotImplementedError, CheckpointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:

@@ -354,9 +354,8 @@ class Checkpoints:
         ocp = import_orbax()
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
-                item=abstract_state,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
-                # The leaves are the same; a part without any may be missing, such as that of a task in older ones.
+                # All leaves are there; a part that has none, such as `task`, an older checkpoint may lack.
+                *(abstract_state, ocp.checkpoint_utils.construct_restore_args(abstract_state)),
                 partial_restore=True,
             ),
             data=ocp.args.JsonRestore(),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+import optax.contrib
 from jaxtyping import Array, Float, Int
 
 from train.sharding import path_of
@@ -26,8 +27,11 @@ SCHEDULES: dict[str, Callable[[Float[Array, "*n"], int, int], Float[Array, "*n"]
 OPTIMIZERS: dict[str, Callable[[ml_collections.ConfigDict], tuple[optax.GradientTransformation, ...]]] = {
     "adamw": lambda c: (optax.scale_by_adam(c.b1, c.b2, c.eps), optax.identity()),
     "lamb": lambda c: (optax.scale_by_adam(c.b1, c.b2, c.eps), optax.scale_by_trust_ratio()),
+    "muon": lambda c: (_muon(c), optax.identity()),
     "sgd": lambda c: (optax.trace(c.momentum), optax.identity()),
 }
+# With it a step of Muon is about as large, entry by entry, as one of Adam: both share learning rate and decay.
+MUON_RMS = 0.2
 
 
 def make(
@@ -42,12 +46,18 @@ def make(
     """The optimizer that a config describes: clip, direction, decoupled weight decay, learning rate.
 
     One step is `p -= lr_t * s * (d + weight_decay * p)`, where d is the direction (Adam's, LAMB's before its
-    trust ratio, or the momentum of the clipped gradient) and `s = layer_decay ** (num_layers - layer)`. The
+    trust ratio, Muon's, or the momentum of the clipped gradient) and `s = layer_decay ** (num_layers - layer)`. The
     decay of `sgd` is decoupled too, unlike torch's, and its momentum is the plain one. LAMB scales every
     parameter by its trust ratio, those without decay too.
 
-    The state is a plain tuple: int32 counts, and trees of the structure, shapes and dtype of `params`, whose
-    paths end with those of the parameters. It is stored as it is, and laid out on a mesh by the same rules.
+    Muon moves the kernels of two dimensions but those of heads (a part of their path begins with "head") by
+    `0.2 * sqrt(max(shape))` times the orthogonal factor of their Nesterov momentum, which five Newton-Schulz
+    steps approximate; a kernel that makes query, key and value at once is one matrix. Adam moves all others.
+    Source: Jordan et al., https://kellerjordan.github.io/posts/muon; the scale: arXiv:2502.16982, section 2.2.
+
+    The state is a tree of tuples: int32 counts, Muon's three coefficients, and trees of the structure, shapes and
+    dtype of `params`, whose paths end with those of the parameters. It is stored as it is, and laid out on a mesh
+    by the same rules.
 
     Args:
         config: `config.optim`.
@@ -80,6 +90,28 @@ def make(
         optax.scale_by_learning_rate(rate),
     )
     return transformation, rate
+
+
+def _muon(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    def mover(path, leaf):
+        parts = path_of(path).split("/")
+        hidden = parts[-1] == "kernel" and not any(part.startswith("head") for part in parts)
+        return "muon" if leaf.ndim == 2 and hidden else "adam"
+
+    def axes(params):
+        return jax.tree.map(lambda leaf: optax.contrib.MuonDimensionNumbers(), params)
+
+    def rescale(updates, params):
+        return jax.tree.map(lambda update: MUON_RMS * math.sqrt(max(update.shape)) * update, updates)
+
+    orthogonal = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=axes)
+    return optax.partition(
+        {
+            "muon": optax.chain(orthogonal, optax.stateless(rescale)),
+            "adam": optax.scale_by_adam(config.b1, config.b2, config.eps),
+        },
+        lambda params: jax.tree_util.tree_map_with_path(mover, params),
+    )
 
 
 def schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:

@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "distill.kind": ("hard", "soft"),
     "verification.loss": ("arcface", "cosface", "adaface"),
     "verification.negative": ("hardest", "twin"),
-    "optim.name": ("adamw", "lamb", "sgd"),
+    "optim.name": ("adamw", "lamb", "muon", "sgd"),
     "optim.schedule": ("cosine", "linear", "constant", "rsqrt"),
     "dtype": ("float32", "bfloat16", "float64"),
     "param_dtype": ("float32", "bfloat16", "float64"),
@@ -128,10 +128,10 @@ def default() -> ml_collections.ConfigDict:
                 "warmup_lr": 0.0,
                 "end_lr": 0.0,  # floor
                 "cooldown_steps": 0,  # steps at the floor at the end, part of total_steps
-                "b1": 0.9,  # adamw, lamb
-                "b2": 0.999,  # adamw, lamb
-                "eps": 1e-8,  # adamw, lamb
-                "momentum": 0.9,  # sgd
+                "b1": 0.9,  # adamw, lamb, muon
+                "b2": 0.999,  # adamw, lamb, muon
+                "eps": 1e-8,  # adamw, lamb, muon
+                "momentum": 0.9,  # sgd; muon, whose authors take 0.95
                 "layer_decay": 1.0,  # learning rate of layer i times layer_decay ** (layers - i)
             },
             "total_steps": 0,  # optimizer steps; has no default

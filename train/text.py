@@ -78,15 +78,13 @@ def open_text(
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = open_tokenizer(tokenizer)
     documents = open_documents(name, split=split, path=path, feature=feature)
-    corpus = packing.corpus(_encoded(documents, tokenizer))
+    lost: list[str] = []
+    corpus = packing.corpus(_encoded(documents, tokenizer, lost))
     source = packing.pack(corpus, length=length, align=align, mode=mode, begin=tokenizer.begin)
     layout = f"{mode} in rows of {length}" + (f", documents at multiples of {align}" if align > 1 else "")
     detail = f"{documents.detail}; {len(corpus.tokens):,} tokens, {len(source):,} rows"
     if not isinstance(tokenizer, Bytes):
-        lossy = sum(tokenizer.decode(tokenizer.encode(text)) != text for text in documents.texts)
-        detail += (
-            f"; the tokenizer loses something of {lossy:,} documents" if lossy else "; the tokenizer loses nothing"
-        )
+        detail += f"; the tokenizer loses {f'something of {len(lost):,} documents' if lost else 'nothing'}"
     return SequenceSet(
         name=f"{documents.name}, {layout}",
         source=source,
@@ -101,12 +99,16 @@ def open_text(
     )
 
 
-def _encoded(documents: Documents, tokenizer: Tokenizer) -> Iterator[Encoding]:
+def _encoded(documents: Documents, tokenizer: Tokenizer, lost: list[str]) -> Iterator[Encoding]:
+    """The tokens of every document; adds to `lost` the names of those that the tokenizer does not give back."""
     for name, text in zip(documents.names, documents.texts):
         try:
-            yield tokenizer.encode_sized(text)
+            encoding = tokenizer.encode_sized(text)
         except ValueError as error:
             raise ValueError(f"{name} of the {documents.name}: {error}") from error
+        if tokenizer.decode(encoding.ids) != text:
+            lost.append(name)
+        yield encoding
 
 
 def open_documents(name: str, *, split: str, path: epath.PathLike | None = None, feature: str = "text") -> Documents:

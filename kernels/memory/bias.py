@@ -19,6 +19,14 @@ import jax.numpy as jnp
 from kernels.memory.options import check_name, check_positive
 
 
+def _bounded(x, limit):
+    """x, scaled down to an l2 norm of `limit` along the last axis where it is longer."""
+    square = jnp.square(x).sum(-1, keepdims=True)
+    within = square <= jnp.square(limit)
+    # The root of what is not used would have an infinite slope at 0.
+    return jnp.where(within, 1, limit * jax.lax.rsqrt(jnp.where(within, 1, square))) * x
+
+
 @dataclasses.dataclass(frozen=True)
 class DotProduct:
     """-<M(k), v>: Hebbian, the bias of linear attention."""
@@ -46,12 +54,15 @@ class LpError:
     Attributes:
         p: at least 1. The paper's ablation has its best at 3.
         smooth, nu, epsilon: see the module.
+        max_norm: what a token's error is scaled down to where its l2 norm is larger; None: never, as in the paper. For
+            p > 2 the inner step is otherwise without bound, and the backward pass through many of them may explode.
     """
 
     p: float = 3.0
     smooth: str = "root"
     nu: float = 10.0
     epsilon: float = 1e-6
+    max_norm: float | None = None
 
     threshold: ClassVar[str | None] = None
 
@@ -60,10 +71,13 @@ class LpError:
         check_positive(nu=self.nu, epsilon=self.epsilon)
         if not self.p >= 1:
             raise ValueError(f"p must be at least 1, got {self.p}")
+        if self.max_norm is not None:
+            check_positive(max_norm=self.max_norm)
 
     def error(self, output: jax.Array, value: jax.Array, threshold: jax.Array | None) -> jax.Array:
         residual = output - value
-        return self.p * _signed_power(residual, self.p - 1, self.smooth, self.nu, self.epsilon)
+        error = self.p * _signed_power(residual, self.p - 1, self.smooth, self.nu, self.epsilon)
+        return error if self.max_norm is None else _bounded(error, self.max_norm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +110,11 @@ class Huber:
         residual = output - value
         if self.form == "coord":
             return jnp.clip(residual, -threshold, threshold)
-        square = jnp.square(residual).sum(-1, keepdims=True)
-        inlier = square <= jnp.square(threshold)
-        if self.form == "switch":
-            sign = _signed_power(residual, 0.0, self.smooth, self.nu, self.epsilon)
-            return jnp.where(inlier, residual, threshold * sign)
-        # The root of what is not used would have an infinite slope at a residual of 0.
-        return jnp.where(inlier, 1, threshold * jax.lax.rsqrt(jnp.where(inlier, 1, square))) * residual
+        if self.form == "norm":
+            return _bounded(residual, threshold)
+        inlier = jnp.square(residual).sum(-1, keepdims=True) <= jnp.square(threshold)
+        sign = _signed_power(residual, 0.0, self.smooth, self.nu, self.epsilon)
+        return jnp.where(inlier, residual, threshold * sign)
 
 
 @dataclasses.dataclass(frozen=True)

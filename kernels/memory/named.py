@@ -13,6 +13,7 @@ def moneta(
     link: str = "paper",
     normalizer: str = "chunk",
     smooth: str = "root",
+    max_norm: float | None = None,
     read: str = "after",
 ) -> MemoryRule:
     """Moneta: the l_p loss and l_q stability. `log_retention` optional, no threshold.
@@ -20,11 +21,12 @@ def moneta(
     The paper (equations 24 and 25) leaves open, and decided here is: the link from A to W, whose printed form lacks
     the elementwise power of the derivation (`link="paper"`; `"dual"` is the exact one, `"identity"` none); the norm
     that reads inside a chunk divide by (`normalizer="chunk"`, its start's, or `"token"`, slower); how the sign is
-    smoothed (`smooth="root"`, or `"tanh"`); whether a token reads what it has just written (`read="after"`, or
-    `"before"`). Printed twice in equation 25, the step acts once. Learned are the A_0, which should have an l_4 norm
-    of about 1, as normal ones of variance 1 / fan-in have; the effective step goes with that norm.
+    smoothed (`smooth="root"`, or `"tanh"`); whether errors are bounded (`max_norm`, see `LpError`); whether a token
+    reads what it has just written (`read="after"`, or `"before"`). Printed twice in equation 25, the step acts once.
+    Learned are the A_0, which should have an l_4 norm of about 1, as normal ones of variance 1 / fan-in have; the
+    effective step goes with that norm.
     """
-    return MemoryRule(memory, LpError(p, smooth), LqStability(q, link, normalizer), read=read)
+    return MemoryRule(memory, LpError(p, smooth, max_norm=max_norm), LqStability(q, link, normalizer), read=read)
 
 
 def yaad(*, memory: Memory | str = "mlp", huber: str = "norm", read: str = "after") -> MemoryRule:

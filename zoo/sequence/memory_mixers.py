@@ -14,10 +14,13 @@ from jax.nn import initializers
 from jaxtyping import Array, Float
 
 from kernels import memory
-from kernels.memory.rule import MemoryRule
+from kernels.memory import MLP, Matrix, MemoryRule
 from kernels.rotary import rotary
 from zoo.sequence.linear_mixers import carried, cleared
 from zoo.sequence.mixers import Mixer, RMSNorm, Rows, split_heads, unit_norm
+
+# Of the outer weights of a memory that begins as the identity: not 0, so that the inner ones have a gradient.
+NEARLY_NOTHING = 0.01
 
 
 class MemoryMixer(Mixer):
@@ -30,9 +33,14 @@ class MemoryMixer(Mixer):
     retention is `sigmoid(. + 4)`, the step `step_limit * sigmoid(. - 2)`, the threshold `softplus` of what begins at
     0.7 sqrt(channels of a head), about the error's norm in the beginning; each has tanh inside its map.
 
+    The memory begins as M(x) = x, or nearly so: what it would say of a key that it was never taught drowns what it was
+    taught. Recall did not begin to be learned from weights that filled its norm from the start. For the same reason the
+    norm inside the memory has an epsilon that matters, the square of what counts as nothing.
+
     Attributes:
         memory: `"mlp"`, or `"matrix"` for the paper's ablation.
         expansion: width inside the MLP over that of a head.
+        memory_epsilon: of the norm inside the MLP.
         memory_chunk: tokens whose gradients are taken at the same weights: another number is another model.
         gate_rank: of the maps to step, retention and threshold; the paper has 32 or 64.
         step_limit: largest inner step; None: 0.32 / memory_chunk, since the steps of a chunk add up.
@@ -43,6 +51,7 @@ class MemoryMixer(Mixer):
 
     memory: str = "mlp"
     expansion: int = 4
+    memory_epsilon: float = 1e-2
     memory_chunk: int = 16
     gate_rank: int = 32
     step_limit: float | None = None
@@ -58,9 +67,20 @@ class MemoryMixer(Mixer):
         """The four choices."""
         raise NotImplementedError
 
+    @property
+    def module(self) -> MLP | Matrix:
+        """The memory's architecture."""
+        return Matrix() if self.memory == "matrix" else MLP(epsilon=self.memory_epsilon)
+
     def initial_scale(self, name: str) -> float:
         """Standard deviation of the initial memory's entries."""
-        return self.head_dim**-0.5 if name == "w" else (self.expansion * self.head_dim) ** -0.5 if name == "w1" else 1.0
+        fan_in = self.head_dim * (self.expansion if name == "w1" else 1)
+        return 1.0 if name == "w2" else NEARLY_NOTHING * fan_in**-0.5
+
+    @property
+    def initial_step(self) -> float:
+        """What the sigmoid of the step sees in the beginning."""
+        return -2.0
 
     @property
     def chunk(self) -> int:
@@ -78,6 +98,8 @@ class MemoryMixer(Mixer):
         for name in ("expansion", "memory_chunk", "gate_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.memory_epsilon <= 0:
+            raise ValueError(f"memory_epsilon must be positive, got {self.memory_epsilon}")
         if self.step_limit is not None and self.step_limit <= 0:
             raise ValueError(f"step_limit must be positive, or None; got {self.step_limit}")
         assert self.rule
@@ -97,7 +119,7 @@ class MemoryMixer(Mixer):
         y, after = memory.miras(
             *(query, key, heads["v"], self._weights()),
             rule=self.rule,
-            step=limit * jax.nn.sigmoid(self._gate(x, "step", self.width, -2.0)),
+            step=limit * jax.nn.sigmoid(self._gate(x, "step", self.width, self.initial_step)),
             log_retention=jax.nn.log_sigmoid(self._gate(x, "retention", self.width, 4.0)),
             threshold=self.threshold(x),
             chunk_size=self.chunk,
@@ -149,21 +171,39 @@ class Moneta(MemoryMixer):
 
     Attributes:
         p: of the loss; q: of the stability.
-        link, normalizer: see `kernels.memory.moneta`.
+        max_error: `max_norm` of `kernels.memory.moneta`.
+        link, normalizer: see there.
+            The printed link makes a matrix the larger the smaller its state is, and can therefore not begin at nothing;
+            where it was tried, with a million parameters, the gradients of training exploded. With
+            `link="identity"`, the l_p loss and decay alone, it trained.
     """
 
     p: float = 3.0
     q: float = 4.0
+    max_error: float | None = None
     link: str = "paper"
     normalizer: str = "chunk"
 
     @property
+    def initial_step(self) -> float:
+        # Unbounded, the gradient of |r|^3 is an order of magnitude larger than that of r^2 / 2 where |r| is 2 or 3.
+        return -4.0 if self.max_error is None else super().initial_step
+
+    @property
     def rule(self) -> MemoryRule:
         return memory.moneta(
-            memory=self.memory, p=self.p, q=self.q, link=self.link, normalizer=self.normalizer, read=self.read
+            memory=self.module,
+            p=self.p,
+            q=self.q,
+            link=self.link,
+            normalizer=self.normalizer,
+            max_norm=self.max_error,
+            read=self.read,
         )
 
     def initial_scale(self, name: str) -> float:
+        if self.link == "identity":
+            return super().initial_scale(name)
         # The expected l_q norm of a head's matrix is then about 1, for which the link leaves it as it is; normal
         # numbers have a fourth moment of 3.
         entries = self.head_dim**2 * (1 if name == "w" else self.expansion)
@@ -181,7 +221,7 @@ class Yaad(MemoryMixer):
 
     @property
     def rule(self) -> MemoryRule:
-        return memory.yaad(memory=self.memory, huber=self.huber, read=self.read)
+        return memory.yaad(memory=self.module, huber=self.huber, read=self.read)
 
     def threshold(self, x):
         begin = 0.7 if self.huber == "coord" else 0.7 * self.head_dim**0.5
@@ -202,7 +242,7 @@ class Memora(MemoryMixer):
 
     @property
     def rule(self) -> MemoryRule:
-        return memory.memora(memory=self.memory, slices=self.slices, interior=self.interior, read=self.read)
+        return memory.memora(memory=self.module, slices=self.slices, interior=self.interior, read=self.read)
 
     def initial_scale(self, name: str) -> float:
         return 1.0

@@ -20,6 +20,7 @@ class MirasModel(LanguageModel):
     mixers: str = "Y"
     memory: str = "mlp"
     expansion: int = 4
+    memory_epsilon: float = 1e-2
     memory_chunk: int = 16
     gate_rank: int = 32
     step_limit: float | None = None
@@ -27,6 +28,7 @@ class MirasModel(LanguageModel):
     read: str = "after"
     p: float = 3.0
     q: float = 4.0
+    max_error: float | None = None
     link: str = "paper"
     normalizer: str = "chunk"
     huber: str = "norm"

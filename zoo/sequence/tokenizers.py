@@ -14,6 +14,9 @@ from zoo.registry import nearest
 
 # What vocabularies call the token that stands before a text.
 BEGIN_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>")
+# Vocabularies that come with the package.
+BUILT_IN = {"python": epath.Path(__file__).parent / "python.json"}
+REQUIREMENTS = {"tokenizers": "tokenizers>=0.20", "sentencepiece": "sentencepiece>=0.2.2"}
 
 
 class Encoding(NamedTuple):
@@ -58,19 +61,21 @@ def open_tokenizer(name: epath.PathLike) -> Tokenizer:
     """The tokenizer of this name.
 
     Args:
-        name: "bytes" for the 256 bytes, or a file: `.json` of the `tokenizers` library or `.model` of sentencepiece.
+        name: "bytes" for the 256 bytes; "python" for 2,048 byte pairs of Python's own source code, as
+            `train.vocabulary` learns them; or a file: `.json` of the `tokenizers` library or `.model` of
+            sentencepiece.
 
     Raises:
-        ValueError: neither "bytes" nor a file of these kinds, or a file that its library cannot read.
+        ValueError: neither such a name nor a file of these kinds, or a file that its library cannot read.
         FileNotFoundError: the file is not there.
         ImportError: the library is not installed; it says how to install it.
     """
     if name == "bytes":
         return Bytes()
     kinds = {".json": JsonTokenizer, ".model": SentencePiece}
-    path = epath.Path(name).expanduser()
+    path = BUILT_IN.get(str(name)) or epath.Path(name).expanduser()
     if path.suffix not in kinds:
-        hint = nearest(str(name), ["bytes", "FILE.json", "FILE.model"])
+        hint = nearest(str(name), ["bytes", *BUILT_IN, "FILE.json", "FILE.model"])
         raise ValueError(
             f"unknown tokenizer {str(name)!r}{hint}; a .json file is read by the library `tokenizers`, "
             "a .model file by `sentencepiece`"
@@ -145,7 +150,7 @@ class JsonTokenizer(_FromFile):
     """A tokenizer file of the `tokenizers` library. Special tokens in a text are text like any other."""
 
     def _load(self) -> Any:
-        library = _library("tokenizers", "tokenizers>=0.20", self._name)
+        library = import_library("tokenizers", f"reading {self._name!r}")
         try:
             tokenizer = library.Tokenizer.from_str(self._content.decode())
         except Exception as error:
@@ -179,7 +184,7 @@ class SentencePiece(_FromFile):
     """
 
     def _load(self) -> Any:
-        library = _library("sentencepiece", "sentencepiece>=0.2.2", self._name)
+        library = import_library("sentencepiece", f"reading {self._name!r}")
         if not hasattr(library.SentencePieceProcessor, "EncodeAsOffsetMapping"):
             raise ImportError(
                 f"reading {self._name!r} needs sentencepiece 0.2.2, which tells where in the text a token lies; "
@@ -203,8 +208,13 @@ class SentencePiece(_FromFile):
         return self._library.decode(ids)
 
 
-def _library(name: str, requirement: str, file: str) -> ModuleType:
+def import_library(name: str, purpose: str) -> ModuleType:
+    """One of the optional libraries for tokens.
+
+    Raises:
+        ImportError: it is not installed; it names the purpose and says how to install it.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"reading {file!r} needs the library `{name}`: pip install '{requirement}'") from error
+        raise ImportError(f"{purpose} needs the library `{name}`: pip install '{REQUIREMENTS[name]}'") from error
