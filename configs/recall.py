@@ -37,6 +37,8 @@ OVERRIDES = {
     # The exact interior writes the weights of every token down, at several times the cost of a step.
     "memora": dict(interior="linear"),
 }
+# With embeddings that enter scaled these begin to recall earlier, softmax attention and the memories later or never.
+SCALED = ("linear_attention", "retnet", "lightning", "gla", "hgrn2", "deltanet", "gated_deltanet")
 # Of two blocks, where three to one does not go.
 PATTERNS = {"hgrn2_h": "HA", "gated_deltanet_h": "GA"}
 
@@ -66,6 +68,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.model = dict(name=f"{mixer}_nano")
     config.model.overrides = {} if both else dict(width=64, depth=2, num_heads=2, mlp_hidden=128, conv_width=4)
     config.model.overrides.update(OVERRIDES.get(mixer.removesuffix("_h"), {}))
+    if mixer in SCALED:
+        config.model.overrides.scale_embeddings = True
     if mixer in PATTERNS:
         config.model.overrides.mixers = PATTERNS[mixer]
     config.data = dict(
@@ -84,8 +88,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.eval_every = 200
     config.log_every = 50
     config.checkpoint = dict(every_steps=1000, keep=1)
-    if mixer == "gated_deltanet":
-        config.optim.lr = 6e-3
     if (task, mixer) == ("mqar", "moneta"):
         config.total_steps = 1200
     if (task, mixer) == ("mqar", "transformer"):

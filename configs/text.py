@@ -23,10 +23,11 @@ OVERRIDES = {
     # The exact interior writes the weights of every token down, at several times the cost of a step.
     "memora": dict(interior="linear"),
 }
-# What two cores of a CPU do in ten minutes, with the compilation and the evaluation; 1200 where nothing is said.
+MEMORIES = ("yaad", "moneta", "memora")
+# What two cores of a CPU do in ten minutes or less, with the compilation and the evaluation; 500 where nothing is said.
 STEPS = {
-    **{"transformer_nano": 3200, "sliding_window_nano": 3200, "retnet_nano": 3200, "gated_deltanet_nano": 1800},
-    **{"memora_nano": 800},
+    **{"transformer_nano": 1050, "sliding_window_nano": 1050, "retnet_nano": 1000, "gated_deltanet_nano": 950},
+    **{"yaad_nano": 800, "moneta_nano": 800, "memora_nano": 750},
 }
 
 TABLES = {
@@ -46,10 +47,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if not name.startswith("routing_transformer"):
         config.model.overrides.scale_embeddings = True
     config.data = dict(name="stdlib", tokenizer="python", split="train", eval_split="test", length=256)
-    config.data.update(batch_size=4, eval_batch_size=32)
-    config.optim = dict(name="muon", lr=6e-3, momentum=0.95, b2=0.95, weight_decay=0.1, clip_norm=1.0)
+    config.data.update(batch_size=8, eval_batch_size=32)
+    config.optim = dict(name="muon", lr=8e-3, momentum=0.95, b2=0.95, weight_decay=0.1, clip_norm=1.0)
     config.optim.update(warmup_steps=100, end_lr=1e-4)
-    config.total_steps = STEPS.get(name, 1200)
+    config.total_steps = STEPS.get(name, 500)
+    if name.startswith(MEMORIES):
+        # More steps of fewer tokens, which memories learn from as fast.
+        config.data.batch_size, config.optim.lr = 4, 6e-3
     config.log_every = 50
     config.checkpoint = dict(every_steps=500, keep=2)
     return config

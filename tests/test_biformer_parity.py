@@ -131,7 +131,8 @@ def tiny():
     return record, weights, *zoo.load_pretrained("biformer_tiny", weights)
 
 
-@pytest.mark.parametrize("size", ("224x224", pytest.param("224x448", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ("224x224", "224x448"))
 def test_tiny(size):
     record, _, model, variables, _ = tiny()
     check(model, variables, at_size(record, size), x64=False)

@@ -97,7 +97,8 @@ def differentiated(model, train: bool):
     return run
 
 
-@pytest.mark.parametrize("mode", (pytest.param("evaluation", marks=pytest.mark.slow), "training"))
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ("evaluation", "training"))
 def test_a_small_network(mode, tmp_path):
     """One of every kind of block; in training both heads' logits from the batch's statistics, which are kept."""
     record, _, model, variables, _ = loaded("care_small")

@@ -64,6 +64,7 @@ def step_cost(*overrides, platform="cpu"):
     return built.model, b, cost(built.train_step, *arguments, platform=platform)
 
 
+@pytest.mark.slow
 def test_every_primitive_of_a_training_step_has_a_rule():
     model, b, counted = step_cost(platform="tpu")
     linear, attended, down, depthwise, stem = davit_products(model, 8)

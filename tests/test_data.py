@@ -137,6 +137,7 @@ def test_order_with_threads_for_any_number_of_processes(processes, resumed_with,
     assert_same(resumed, expected[3:])
 
 
+@pytest.mark.slow
 def test_order_with_workers_for_any_number_of_processes():
     dataset = array_dataset(23, (40, 32, 1))
     options = dict(batch_size=16, seed=5, transform=data_transforms.cropped)

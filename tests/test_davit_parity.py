@@ -45,6 +45,7 @@ def test_logits_and_features(variant, size):
         assert_features(features, record, OUTPUT_TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "size"), cases(("davit_tiny", "225x231")))
 def test_logits_and_gradients(variant, size, tmp_path):
     images = pseudo_images((2, *map(int, size.split("x")), 3))
@@ -73,6 +74,7 @@ def test_float64():
     assert_features(features, record, FLOAT64_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_florence2():
     """The image tower under Florence-2's own names, where the head norm is not in the file."""
     record, _, model, variables, report = loaded("davit_base_fl", "florence2")
@@ -85,7 +87,11 @@ def test_florence2():
 
 @pytest.mark.parametrize(
     ("variant", "naming"),
-    (("davit_tiny", "timm"), ("davit_tiny", "official"), ("davit_base_fl", "florence2")),
+    (
+        ("davit_tiny", "timm"),
+        ("davit_tiny", "official"),
+        pytest.param("davit_base_fl", "florence2", marks=pytest.mark.slow),
+    ),
 )
 def test_round_trip_is_bit_equal(variant, naming, tmp_path):
     _, weights, model, variables, _ = loaded(variant, naming)

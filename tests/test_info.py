@@ -90,7 +90,10 @@ def test_stages_add_up_and_have_the_shapes_of_the_run(name):
     assert blocks == sum(key.startswith("stages_") for key in variables["params"])
 
 
-@pytest.mark.parametrize("name", ["yaad_h_nano", "gated_deltanet_h_nano", "routing_transformer_seq2seq_nano"])
+@pytest.mark.parametrize(
+    "name",
+    ["yaad_h_nano", "gated_deltanet_h_nano", pytest.param("routing_transformer_seq2seq_nano", marks=pytest.mark.slow)],
+)
 def test_blocks_of_a_sequence_model_add_up(name):
     info = zoo.model_info(name, batch=2)
     variables = abstract_variables(zoo.create_model(name))

@@ -102,7 +102,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, kills):
     assert_same_as(straight, workdir, json.loads(line))
 
 
-@pytest.mark.parametrize("step", [3, 9])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=pytest.mark.slow), 9])
 def test_going_on_from_a_step_is_bit_equal(straight, tmp_path, step, capsys):
     """The state, the order of the data, the random numbers and the averages, wherever a run was cut."""
     workdir = tmp_path / "cut"
@@ -205,6 +205,7 @@ def test_a_workdir_of_another_run(straight, capsys):
     assert re.search(r"optim\.weight_decay: 0\.05 there, 0\.5 now", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_that_breaks_in_the_middle(tmp_path, capsys):
     images = tmp_path / "images"
     for split in ("train", "test"):
@@ -232,6 +233,7 @@ def test_a_folder_of_images_that_breaks_in_the_middle(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["step"] == 12
 
 
+@pytest.mark.slow
 def test_a_profile(tmp_path):
     nothing = dict(data__eval_split="None", data__extra_eval__test_last360="")
     result = train(tmp_path, profile__first_step=2, profile__steps=2, total_steps=4, **nothing)
@@ -257,6 +259,7 @@ def teacher(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_a_teacher(teacher, tmp_path):
     """From the words of the command line to steps whose loss is the teacher's."""
     words = dict(distill__teacher="davit_nano", distill__weights=teacher, distill__alpha=1.0, log_every=1)

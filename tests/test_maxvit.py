@@ -262,6 +262,7 @@ def test_layers_for_layer_wise_learning_rates():
 ONE_STAGE = dict(depths=(1,), dims=(8,), strides=(2,), stem_dims=(4, 4), image_size=4)
 
 
+@pytest.mark.slow
 def test_rematerialization_changes_nothing():
     x = jnp.asarray(values("images", 2, 4, 4, 3))
 

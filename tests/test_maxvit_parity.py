@@ -55,7 +55,8 @@ def assert_all_gradients(model, variables, record, size, tolerance, path):
     assert_gradients(named, part(record, f"{size}/"), tolerance)
 
 
-@pytest.mark.parametrize("size", ["224x448", pytest.param("224x224", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["224x448", "224x224"])
 def test_tiny(size):
     record, _, model, variables, _ = loaded("maxvit_tiny_timm")
     assert_outputs(model, variables, record, size, LOGITS_TOLERANCE, FEATURES_TOLERANCE)
@@ -75,7 +76,7 @@ def test_gradients_of_tiny(tmp_path):
     assert_all_gradients(model, variables, record, "224x224", GRADIENT_TOLERANCE, tmp_path / "g.safetensors")
 
 
-@pytest.mark.parametrize("side", [48, 96])
+@pytest.mark.parametrize("side", [48, pytest.param(96, marks=pytest.mark.slow)])
 def test_another_image_size_resizes_the_tables(side):
     """Windows of 6 x 6 and 12 x 12 tokens from tables for 7 x 7."""
     record, _, model, variables, report = loaded("maxvit_reduced_timm", image_size=side, **REDUCED)
@@ -103,7 +104,7 @@ def test_float64(tmp_path):
     ("record", "name", "fields"),
     [
         ("maxvit_rw_timm", "maxvit_tiny_rw_224", dict()),
-        ("maxvit_rmlp_timm", "maxvit_rmlp_small_rw_224", dict(hidden_head=True)),
+        pytest.param("maxvit_rmlp_timm", "maxvit_rmlp_small_rw_224", dict(hidden_head=True), marks=pytest.mark.slow),
     ],
 )
 def test_the_design_of_timm(record, name, fields, tmp_path):

@@ -124,7 +124,7 @@ def test_the_mlp_in_chunks_of_one(gate):
     check("mlp", "l2", gate, ["chunk"], 1, tokens=5, channels=gate != "kl")
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", ["decay", *(pytest.param(g, marks=pytest.mark.slow) for g in GATES if g != "decay")])
 def test_longer_chunks_freeze_the_gradient(gate):
     check("mlp", "huber_norm", gate, ["chunk", "recurrent"], 4, channels=gate != "lq")
 
@@ -180,7 +180,11 @@ def test_random_sizes(seed):
     check(kind, "l2", gate, ["chunk"], chunk_size, tokens, channels=True, jit=True, d=d, heads=1 + seed % 3, rng=rng)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=["moneta", "yaad", "memora", "memora-linear"])
+@pytest.mark.parametrize(
+    "rule",
+    [pytest.param(rule, marks=pytest.mark.slow) if i in (0, 3) else rule for i, rule in enumerate(RULES)],
+    ids=["moneta", "yaad", "memora", "memora-linear"],
+)
 def test_float32_and_bfloat16(rule):
     arrays, gates = operands(rule, 20, d=8, f=32, channels=rule.bias.threshold is None)
     arrays["key"] = arrays["key"] / np.linalg.norm(arrays["key"], axis=-1, keepdims=True)

@@ -57,6 +57,7 @@ def test_the_dot_product_with_decay_is_gated_linear_attention():
         near(out[:, t], np.einsum("bih,bihe->bhe", scores, arrays["value"][:, : t + 1]))
 
 
+@pytest.mark.slow
 def test_biases_and_links_that_fall_together():
     """p = 2 is l2 with the step halved, no threshold reached is l2, and q = 2 divides by nothing."""
     arrays, gates = operands(MemoryRule(), 6)

@@ -197,6 +197,9 @@ def test_lines_for_a_person_with_labels(weights, photos, tmp_path, capsys):
     labels.write_text("one\ntwo\n")
     with pytest.raises(ValueError, match="has 2 lines; 7 classes want one each"):
         run_command("davit_test", path, photos["colour"], "--labels", labels)
+    labels.write_bytes(b"one\xff")
+    with pytest.raises(ValueError, match=r"--labels .*labels.txt: no text in UTF-8, byte 3"):
+        run_command("davit_test", path, photos["colour"], "--labels", labels)
 
 
 def test_another_size(weights, photos, capsys):

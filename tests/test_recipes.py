@@ -34,6 +34,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, words", RUNS)
 def test_imagenet_recipe_on_another_tfds_data_set(tmp_path, name, words):
     """Encoded JPEGs of several sizes; every augmentation, bfloat16, mixing and the schedule of the recipe."""

@@ -64,7 +64,7 @@ def test_sgd_against_a_loop_by_hand():
     chex.assert_trees_all_close(state.params, params, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
 def test_accumulation_is_the_whole_batch(parts):
     """Relative norm of the difference of the gradients at most 1e-6: what SGD adds is the gradient."""
 

@@ -142,6 +142,7 @@ def test_stochastic_depth_drops_whole_samples_and_keeps_the_mean():
     np.testing.assert_array_equal(drop.apply({}, x, False), x)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_float32_stores():
     model = tiny(dtype=jnp.bfloat16)
     variables = init(model, 1, 8, 8, 3)
@@ -154,6 +155,7 @@ def test_bfloat16_computes_and_float32_stores():
     assert {leaf.dtype for leaf in jax.tree.leaves(halved)} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 def test_rematerialization_changes_nothing():
     variables = init(tiny(), 1, 8, 8, 3)
 

@@ -167,7 +167,10 @@ def _page_path(arguments: argparse.Namespace) -> Path | None:
 def _read_labels(path: str | None) -> tuple[str, ...] | None:
     if path is None:
         return None
-    return tuple(Path(path).expanduser().read_text(encoding="utf-8").splitlines())
+    try:
+        return tuple(Path(path).expanduser().read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--labels {path}: no text in UTF-8, byte {error.start} cannot be read") from error
 
 
 def _positive(text: str) -> int:
