@@ -26,8 +26,8 @@ OVERRIDES = {
 MEMORIES = ("yaad", "moneta", "memora")
 # What two cores of a CPU do in ten minutes or less, with the compilation and the evaluation; 500 where nothing is said.
 STEPS = {
-    **{"transformer_nano": 1050, "sliding_window_nano": 1050, "retnet_nano": 1000, "gated_deltanet_nano": 950},
-    **{"yaad_nano": 800, "moneta_nano": 800, "memora_nano": 750},
+    **{"transformer_nano": 1050, "sliding_window_nano": 1050, "retnet_nano": 1000, "gated_deltanet_nano": 850},
+    **{"yaad_nano": 700, "moneta_nano": 700, "memora_nano": 700},
 }
 
 TABLES = {
