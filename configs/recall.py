@@ -37,7 +37,8 @@ OVERRIDES = {
     # The exact interior writes the weights of every token down, at several times the cost of a step.
     "memora": dict(interior="linear"),
 }
-# With embeddings that enter scaled these begin to recall earlier, softmax attention and the memories later or never.
+# Embeddings that enter scaled: in a thousand steps Gated DeltaNet learns 16 pairs only with them, softmax attention
+# learns 4 only without. What else has a state of fixed size is treated like Gated DeltaNet, so that rows compare.
 SCALED = ("linear_attention", "retnet", "lightning", "gla", "hgrn2", "deltanet", "gated_deltanet")
 # Of two blocks, where three to one does not go.
 PATTERNS = {"hgrn2_h": "HA", "gated_deltanet_h": "GA"}

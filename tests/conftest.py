@@ -15,6 +15,17 @@ from jaxtyping import install_import_hook
 
 install_import_hook(("kernels", "zoo", "train"), "beartype.beartype")
 
+pytest_plugins = ("tests.toy_family",)
+
+
+@pytest.fixture
+def float64():
+    """64-bit numbers, in the test and in what it compiles."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):

@@ -19,10 +19,7 @@ from tests.reference.weights import pseudo_normal
 B, N, H, D, E, K, W = 2, 19, 2, 5, 4, 3, 7
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def normal(name, *shape, dtype=np.float64):

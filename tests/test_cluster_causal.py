@@ -19,11 +19,9 @@ MEMBERSHIPS = ("prefix", "nearest")
 
 
 @pytest.fixture(autouse=True)
-def float64(monkeypatch):
-    # Several blocks, the last of them not full.
+def several_blocks(float64, monkeypatch):
+    """In 64 bits; the last block is not full."""
     monkeypatch.setattr(cluster_causal, "PREFIX_ROWS", 8)
-    with jax.enable_x64(True):
-        yield
 
 
 def normal(name, *shape):

@@ -24,10 +24,7 @@ from tests.reference.weights import pseudo_normal
 B, N, H, D, K = 8, 11, 2, 5, 4
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def state(style="official"):

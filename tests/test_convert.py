@@ -18,7 +18,6 @@ from tests.toy_family import (
     DIM,
     tensorflow_arrays,
     torch_arrays,
-    toy,  # noqa: F401  a fixture for every test here
     wanted_leaves,
 )
 from train.checkpoint import Checkpoints
@@ -26,6 +25,8 @@ from zoo.formats.readers import read_weights
 from zoo.formats.torch_writer import write_torch
 from zoo.formats.writers import write_weights
 from zoo.keymap import unflatten
+
+pytestmark = pytest.mark.usefixtures("toy")
 
 ENDINGS = (".safetensors", ".npz", ".pth", "")
 

@@ -7,7 +7,7 @@ import pytest
 
 import zoo
 from kernels.cost import cost
-from tests.test_cost import f32, taps_inside
+from tests.closed_forms import f32, taps_inside
 from train import config, program, sources
 
 

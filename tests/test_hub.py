@@ -15,13 +15,14 @@ from tests.toy_family import (
     FAMILY,
     assert_leaves,
     torch_arrays,
-    toy,  # noqa: F401  a fixture for every test here
     wanted_leaves,
 )
 from zoo import registry
 from zoo.errors import WeightsError
 from zoo.formats.readers import file_sha256
 from zoo.pretrained import load_pretrained
+
+pytestmark = pytest.mark.usefixtures("toy")
 
 
 def test_digest_of_a_tag(tmp_path):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import zoo
-from tests.test_cost import taps_inside
+from tests.closed_forms import taps_inside
 from zoo.image_model import ImageModel
 from zoo.pretrained import abstract_variables
 from zoo.tables import scaled, table

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.memory import memora, miras, moneta, yaad
 from kernels.memory.modules import MLP
 from kernels.memory.proximal import ElasticNet, ElasticNetFTRL, FDivergence
 from kernels.memory.retention import Bregman, Decay, Entropy, LqStability
 from kernels.memory.rule import MemoryRule
 from tests import memory_reference as ref
+from tests.memories import RULES, operands, ours, theirs
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 FAN_IN = {"w": (-1,), "w1": (-1,), "w2": (-1,)}
 CHANNEL = {"w": (-2,), "w1": (-1,), "w2": (-2,)}
@@ -35,51 +37,7 @@ GATES = {
     "lq_identity": (LqStability(link_name="identity"), lambda b: ref.Lq(link="identity")),
     "bregman": (Bregman("sigmoid"), lambda b: ref.Sigmoid()),
 }
-RULES = (moneta(), yaad(), memora(), memora(interior="linear"))
 BIASES = ("dot", "l2", "lp", "l1", "huber_norm", "huber_coord", "huber_switch", "shift_robust")
-
-
-def shapes(kind, heads=2, d=3, e=3, f=5):
-    return {
-        "vector": {"w": (heads, d)},
-        "matrix": {"w": (heads, e, d)},
-        "mlp": {"w1": (heads, d, f), "w2": (heads, f, d)},
-    }[kind]
-
-
-def operands(rule, tokens, channels=False, heads=2, d=3, e=None, f=5, batch=2, rng=None):
-    """Arguments of `miras`, in float64, as dicts of arrays and of gates; keys and values such that errors are O(1)."""
-    kind, rng = type(rule.memory).__name__.lower(), rng or np.random.default_rng(0)
-    e = e or d
-    lead = (batch, tokens, heads)
-    gate = (*lead, d) if channels else lead
-    arrays = {"query": rng.standard_normal((*lead, d)), "key": rng.standard_normal((*lead, d)) / d**0.5}
-    arrays |= {"value": rng.standard_normal((*lead, e))}
-    arrays |= {"weights": {k: rng.standard_normal(s) / 2 for k, s in shapes(kind, heads, d, e, f).items()}}
-    gates = {"step": rng.uniform(0.02, 0.3, gate)}
-    if rule.retention.decays != "refused":
-        gates["log_retention"] = np.log(rng.uniform(0.3, 1, gate))
-    if rule.bias.threshold is not None:
-        gates["threshold"] = rng.uniform(0.3, 1.2, (*lead, e) if rule.bias.threshold == "channel" else lead)
-    if rule.algorithm == "momentum":
-        gates["log_momentum"] = np.log(rng.uniform(0.1, 0.9, gate))
-    return arrays, gates
-
-
-compiled = jax.jit(miras, static_argnames=("rule", "chunk_size", "form", "return_state"))
-
-
-def ours(arrays, gates, rule, jit=False, **options):
-    """Operation by operation unless `jit`: the shapes are few and the rules many, whose compilation would take long."""
-    if jit:
-        return compiled(**arrays, **gates, rule=rule, **options)
-    arrays, gates = jax.tree.map(jnp.asarray, (arrays, gates))
-    with jax.disable_jit():
-        return miras(**arrays, **gates, rule=rule, **options)
-
-
-def theirs(arrays, gates, kind, bias, gate, **options):
-    return ref.run(kind, bias, gate, **arrays, **gates, **options)[0]
 
 
 def check(
@@ -103,12 +61,6 @@ def check(
         out = ours(arrays, gates, rule, jit, chunk_size=chunk_size, form=form)
         assert out.dtype == jnp.float64
         np.testing.assert_allclose(out, expected, rtol=1e-11, atol=1e-11, err_msg=form)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.mark.parametrize(

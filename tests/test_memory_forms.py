@@ -15,7 +15,9 @@ from kernels.memory.retention import Bregman, Entropy, LqStability
 from kernels.memory.rule import MemoryRule
 from kernels.residuals import residual_bytes
 from tests import memory_reference as ref
-from tests.test_memory import RULES, compiled, float64, operands, ours, shapes, theirs  # noqa: F401
+from tests.memories import RULES, operands, ours, theirs
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 MOMENTUM = MemoryRule(algorithm="momentum")
 NAMES = ["moneta", "yaad", "memora", "memora-linear", "momentum"]
@@ -190,7 +192,10 @@ def test_the_backward_pass_keeps_the_states_of_chunks_starts(rule):
     def kept(tokens):
         arrays, gates = operands(rule, tokens, heads=heads, d=d, f=f, batch=1)
         single = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), (arrays, gates))
-        run = lambda arrays, gates: miras(**arrays, **gates, rule=rule, chunk_size=chunk_size)  # noqa: E731
+
+        def run(arrays, gates):
+            return miras(**arrays, **gates, rule=rule, chunk_size=chunk_size)
+
         own = sum(x.size * 4 for n, x in single[0].items() if n != "weights") + sum(
             x.size * 4 for x in single[1].values()
         )

@@ -13,8 +13,10 @@ from kernels.memory.bias import Huber, LpError
 from kernels.memory.proximal import DIVERGENCES, ElasticNet, FDivergence
 from kernels.memory.retention import Bregman, Decay, Entropy, LqStability
 from kernels.memory.rule import MemoryRule
+from tests.memories import compiled, operands
 from tests.reference.weights import pseudo_normal
-from tests.test_memory import compiled, float64, operands  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def normal(size):
@@ -129,9 +131,9 @@ def test_norms_neither_overflow_nor_divide_by_zero():
         gate = LqStability(4.0, link)
         for scale in (1e-12, 1e12):
             state = jnp.asarray(normal((2, 3)) * scale, jnp.float32)
-            slope = jax.grad(lambda a: jnp.log(jnp.abs(gate.link(a, "in"))).sum())(state)  # noqa: B023
+            slope = jax.grad(lambda a, gate=gate: jnp.log(jnp.abs(gate.link(a, "in"))).sum())(state)
             assert jnp.isfinite(slope).all() and jnp.isfinite(gate.link(state, "in")).all(), (link, scale)
-        zero, pull = jax.vjp(lambda a: gate.link(a, "in"), jnp.zeros((2, 3)))  # noqa: B023
+        zero, pull = jax.vjp(lambda a, gate=gate: gate.link(a, "in"), jnp.zeros((2, 3)))
         assert not zero.any() and jnp.isfinite(pull(jnp.ones((2, 3)))[0]).all()
 
 
@@ -170,9 +172,9 @@ def test_divergence_steps_are_optimal(name):
     direction = jnp.asarray(normal((4, 6)))
     for at in (0, 1):
 
-        def along(x):
+        def along(x, at=at):
             parts = [before, tilt]
-            parts[at] = parts[at] + x * (direction if at else before * direction)  # noqa: B023
+            parts[at] = parts[at] + x * (direction if at else before * direction)
             return (gate.move(parts[0], jnp.asarray(0.6), parts[1], "in") * jnp.cos(direction)).sum()
 
         near(jax.grad(along)(0.0), (along(1e-5) - along(-1e-5)) / 2e-5, 1e-8)
@@ -253,6 +255,6 @@ def test_the_switch_magnifies_what_the_other_hubers_do_not():
     output, value = jnp.asarray([0.0, 2.0, -3.0]), jnp.zeros(3)
     slopes = {}
     for form in ("norm", "coord", "switch"):
-        jacobian = jax.jacobian(lambda x: Huber(form).error(x, value, jnp.ones(1)))(output)  # noqa: B023
+        jacobian = jax.jacobian(lambda x, form=form: Huber(form).error(x, value, jnp.ones(1)))(output)
         slopes[form] = np.linalg.norm(jacobian, 2)
     assert slopes["norm"] <= 1 and slopes["coord"] <= 1 and slopes["switch"] == pytest.approx(1e3)

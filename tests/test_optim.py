@@ -108,11 +108,9 @@ def test_muon_is_its_authors_algorithm(shape):
             updates, state = jax.jit(optimizer.update)({"kernel": jnp.asarray(g)}, state, params)
             params = optax.apply_updates(params, updates)
     momentum = np.zeros(shape)
-    for g in grads:
+    for t, g in enumerate(grads, 1):
         momentum = beta * momentum + (1 - beta) * g
-        # The iteration does not depend on the scale of what it is given, so that no bias is corrected here; optax
-        # corrects the momentum as of the next step and the gradient as of this one.
-        t = np.flatnonzero((grads == g).all(axis=(1, 2)))[0] + 1
+        # As in Nesterov's Adam, the bias of the momentum is corrected as of the next step.
         ahead = beta * momentum / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
         y = ahead / np.linalg.norm(ahead)
         y = y.T if shape[0] > shape[1] else y

@@ -20,13 +20,14 @@ from tests.toy_family import (
     assert_leaves,
     tensorflow_arrays,
     torch_arrays,
-    toy,  # noqa: F401  a fixture for every test here
     wanted_leaves,
 )
 from train.checkpoint import Checkpoints
 from zoo.errors import WeightsError
 from zoo.keymap import flatten
 from zoo.pretrained import load_pretrained, save_pretrained
+
+pytestmark = pytest.mark.usefixtures("toy")
 
 
 def test_every_leaf_is_the_checkpoints():

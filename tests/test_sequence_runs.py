@@ -61,7 +61,7 @@ def train(name, corpus, workdir, **values):
     return loop.train(loop.prepare(config_lib.load(name, words(name, corpus, **values)), str(workdir)))
 
 
-QUICK = "configs/raster.py:routing_transformer_image_nano"
+QUICK = ("configs/raster.py:routing_transformer_image_nano",)
 
 
 @pytest.mark.parametrize(

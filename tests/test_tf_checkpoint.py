@@ -21,12 +21,14 @@ from tests.tf_checkpoints import (
     write_index,
     write_parts,
 )
-from tests.toy_family import assert_leaves, tensorflow_arrays, torch_arrays, toy, wanted_leaves  # noqa: F401
+from tests.toy_family import assert_leaves, tensorflow_arrays, torch_arrays, wanted_leaves
 from zoo import load_pretrained
 from zoo.errors import WeightsError
 from zoo.formats import crc32c
 from zoo.formats.crc32c import masked_crc32c
 from zoo.formats.readers import open_source, read_weights
+
+pytestmark = pytest.mark.usefixtures("toy")
 
 PREFIXES = {
     "saver": DIRECTORY / "saver" / "model.ckpt-7",

@@ -234,7 +234,7 @@ def test_names_and_files(tmp_path):
         open_tokenizer(tmp_path / "x.model")
 
 
-def test_the_built_in_vocabulary_was_learnt_from_this_source_code():
+def test_the_built_in_vocabulary_takes_three_bytes_of_source_code_at_once():
     tokenizer = open_tokenizer("python")
     assert (tokenizer.vocab_size, tokenizer.begin) == (2049, 2048)
     documents = text.open_documents("stdlib", split="test")
@@ -257,8 +257,8 @@ def test_a_vocabulary_is_learnt_from_the_training_part_alone(tmp_path, capsys):
     tokenizer = open_tokenizer(file)
     assert len(tokenizer.encode(b"abcabc abcabc")) == 2 and len(tokenizer.encode(b"xyzxyz")) == 6
     assert tokenizer.vocab_size < 300
-    learnt = [vocabulary.learn(documents, 300) for documents in ([b"abab cdcd\n" * 9], iter([b"abab cdcd\n" * 9]))]
-    assert learnt[0] == learnt[1]
+    documents = text.open_documents("files", split="train", path=tmp_path)
+    assert vocabulary.learn(documents, 300) == vocabulary.learn(documents, 300) == file.read_text()
 
 
 def test_a_vocabulary_that_cannot_be_learnt(tmp_path, capsys):
@@ -267,6 +267,7 @@ def test_a_vocabulary_that_cannot_be_learnt(tmp_path, capsys):
         (["v.json", "--size=255"], "size must be at least 256, the number of bytes, got 255"),
         (["v.txt"], "FILE must end in .json"),
         (["v.json", "--data=files", f"--path={tmp_path / 'a.txt'}"], "can't decode byte 0xe9"),
+        (["v.json", "--data=files", f"--path={tmp_path / 'a.txt'}"], "error: a.txt of the "),
     ):
         assert vocabulary.main(arguments) == 2
         assert message in capsys.readouterr().err

@@ -13,8 +13,9 @@ from tests.toy_family import (
     FAMILY,
     tensorflow_arrays,
     torch_arrays,
-    toy,  # noqa: F401  a fixture for every test here
 )
+
+pytestmark = pytest.mark.usefixtures("toy")
 
 RUNGS = ["names and shapes", "counts", "digest", "finite", "reference"]
 

@@ -131,9 +131,9 @@ FAMILY = Family(
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def toy(monkeypatch):
-    """The toy family, for these tests only."""
+    """The toy family, for the tests that use this alone."""
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     monkeypatch.setattr(registry, "_FAMILY_OF", dict(registry._FAMILY_OF))
     registry.register(FAMILY)

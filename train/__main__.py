@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import jax
 
-    from train import config, host, loop, metrics
+    from train import config, evaluate, host, loop, metrics
     from train.checkpoint import CheckpointError
 
     host.keep_freed_memory()
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.cache_compiled_programs()
     try:
         run = loop.prepare(config.load(arguments.config, overrides), arguments.workdir)
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, CheckpointError) as error:
+    except evaluate.ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:

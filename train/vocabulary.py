@@ -9,7 +9,7 @@ called "python" was made by the first of these lines.
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 from etils import epath
 
@@ -19,20 +19,20 @@ from zoo.sequence.tokenizers import import_library
 BYTES = 256
 
 
-def learn(texts: Iterable[bytes], size: int) -> str:
+def learn(documents: text.Documents, size: int) -> str:
     """A byte-pair vocabulary of a text.
 
     Words are split as GPT-2 splits them, so that runs of spaces and of line ends are tokens too.
 
     Args:
-        texts: documents in UTF-8.
+        documents: of UTF-8.
         size: how many tokens at most, the 256 bytes included; a short text gives fewer.
 
     Returns:
         The content of a `.json` file that `zoo.sequence.tokenizers.open_tokenizer` reads.
 
     Raises:
-        ValueError: a size below 256, text that is not UTF-8.
+        ValueError: a size below 256, a document that is not UTF-8.
         ImportError: the library `tokenizers` is not installed; it says how to install it.
     """
     if size < BYTES:
@@ -44,8 +44,16 @@ def learn(texts: Iterable[bytes], size: int) -> str:
     trainer = library.trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator((each.decode() for each in texts), trainer)
+    tokenizer.train_from_iterator(_characters(documents), trainer)
     return tokenizer.to_str(pretty=False)
+
+
+def _characters(documents: text.Documents) -> Iterator[str]:
+    for name, content in zip(documents.names, documents.texts):
+        try:
+            yield content.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} of the {documents.name}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not arguments.file.endswith(".json"):
             raise ValueError(f"FILE must end in .json, as files of the library `tokenizers` do, got {arguments.file!r}")
         documents = text.open_documents(arguments.data, split="train", path=arguments.path)
-        epath.Path(arguments.file).write_text(learn(documents.texts, arguments.size))
+        epath.Path(arguments.file).write_text(learn(documents, arguments.size))
     except evaluate.ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

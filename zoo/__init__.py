@@ -1,5 +1,6 @@
 """Attention models for JAX: build one by name, load its published weights, look inside."""
 
+# Importing a family registers it.
 from zoo import ahan, biformer, care, davit, dcal, maxvit, routing_transformer, sequence, vit  # noqa: F401
 from zoo.cards import model_card
 from zoo.conversion import convert
@@ -9,8 +10,6 @@ from zoo.info import model_info
 from zoo.prediction import load_classifier, predict
 from zoo.pretrained import load_pretrained, save_pretrained
 from zoo.registry import create_model, list_models, pretrained_cfg
-from zoo.routing_transformer import image, lucidrains, seq2seq, text  # noqa: F401
-from zoo.sequence import baselines, miras  # noqa: F401
 from zoo.sequence.generation import generate, load_language_model
 from zoo.verification import verify
 from zoo.watch import attention_maps

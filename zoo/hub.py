@@ -40,7 +40,7 @@ def fetch(cfg: PretrainedCfg) -> Path:
             # Another of the names may be in the cache.
             unreachable = unreachable or error
         except errors.EntryNotFoundError:
-            pass
+            continue
         except errors.RepositoryNotFoundError as error:
             raise _not_fetched(cfg, f"there is no public repository {cfg.hub_id}") from error
         except Exception as error:

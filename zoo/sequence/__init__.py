@@ -1,3 +1,5 @@
 """Language models: token mixers, the block they share, the models made of it, tokenizers, generation."""
 
-from zoo.sequence import baselines, miras  # noqa: F401
+from zoo.sequence import baselines, miras
+
+__all__ = ["baselines", "miras"]

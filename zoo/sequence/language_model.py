@@ -88,8 +88,8 @@ class LanguageModel(SequenceModel):
         rope_base: of rotary positions.
         tie_embeddings: the embedding is also the output projection.
         scale_embeddings: embeddings begin with a norm of 1 and enter times `sqrt(width)`, as Gemma's do; else they
-            begin with a standard deviation of 0.02 and enter as they are, as Llama's. The former learns text faster,
-            the latter recall.
+            begin with a standard deviation of 0.02 and enter as they are, as Llama's. The former learns text faster;
+            for recall Gated DeltaNet wants the former, softmax attention the latter.
         dropout_rate: on the embedding and on what every branch adds.
         clear_every: empties the memories of the mixers with a state of fixed size after every so many tokens, to
             see what they are worth; 0: never.
