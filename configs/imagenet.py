@@ -141,7 +141,6 @@ def _vit(variant: str) -> ml_collections.ConfigDict:
     config = _deit(1024, warmup_epochs=5)
     config.model.overrides = dict(drop_path_rate=0.1)
     # Of weights that were made for another size, as their own code resamples them.
-    config.model.resize = "bicubic"
     config.data.repeats = 3
     config.optim.update(lr=1e-3, no_decay=(".*pos_embed",))
     return config

@@ -19,7 +19,7 @@ import ml_collections
 from etils import epath
 
 from train import config as config_lib
-from train import evaluate, host, loop, text
+from train import evaluate, host, loop, text, verification_metrics
 from train.sequences import SequenceSet
 from zoo.registry import nearest
 from zoo.sequence.sequence_model import SequenceModel
@@ -69,9 +69,39 @@ def compare(spec: str, workdir: epath.PathLike, only: Sequence[str] = (), overri
     found = []
     for row in only or rows:
         config = config_lib.load(f"{file}:{row}", overrides)
-        place = epath.Path(workdir) / row.replace(",", "_")
-        found.append({"row": row, **_result(config, place)})
+        found.append({"row": row, **_result(config, _place(workdir, row))})
     return found
+
+
+def contrasted(spec: str, workdir: epath.PathLike, rows: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How much more accurate the rows of faces are than others, by `train.verification_metrics.contrast`.
+
+    Args:
+        spec: as of `compare`; `CONTRASTS` of the config file says what is compared with what, all seeds of a row with
+            all of the other.
+        workdir: where `compare` trained them.
+        rows: those that there are.
+
+    Returns:
+        "ROW - OTHER" to the differences of every kind of pairs; nothing for files without contrasts.
+    """
+    found, scored = {}, {}
+
+    def side(name):
+        wanted = [row for row in rows if row.partition(",")[0] == name]
+        for row in wanted:
+            if row not in scored:
+                scored[row] = evaluate.score_faces(_place(workdir, row)).scored
+        return [scored[row] for row in wanted]
+
+    for ours, theirs in config_lib.contrasts(spec):
+        if all(any(row.partition(",")[0] == name for row in rows) for name in (ours, theirs)):
+            found[f"{ours} - {theirs}"] = verification_metrics.contrast(side(ours), side(theirs))
+    return found
+
+
+def _place(workdir: epath.PathLike, row: str) -> epath.Path:
+    return epath.Path(workdir) / row.replace(",", "_")
 
 
 def _result(config: ml_collections.FrozenConfigDict, workdir: epath.Path) -> dict[str, Any]:
@@ -141,6 +171,20 @@ def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
     return table(cells, "<" + ">" * (len(cells[0]) - 1))
 
 
+def _contrast_lines(contrasts: dict[str, dict[str, Any]]) -> list[str]:
+    """Differences of accuracies in points of a percent, each with its interval."""
+    kinds = {"general": "strangers", "twin": "twins", "hard_twin": "hard twins"}
+    cells = [("accuracy, mean of seeds", *kinds.values())]
+    for name, found in contrasts.items():
+        values = []
+        for kind in kinds:
+            here = found.get(kind, {})
+            value, *interval = (f"{100 * here[key]:+.1f}" for key in ("difference", "low", "high") if key in here)
+            values.append(f"{value} [{', '.join(interval)}]" if interval else value)
+        cells.append((name, *values))
+    return table(cells, "<>>>")
+
+
 def _written(name: str, row: dict[str, Any]) -> str:
     """A metric of a row, with its confidence interval where it has one."""
     ends = [f"{name}_{end}" for end in ("low", "high")]
@@ -171,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host.cache_compiled_programs()
     try:
         rows = compare(arguments.config, arguments.workdir, arguments.only, overrides)
+        contrasts = contrasted(arguments.config, arguments.workdir, [row["row"] for row in rows])
     except loop.TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -180,7 +225,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(_columns(rows)))
     if figures := {row["zlib_bits_per_byte"] for row in rows if "zlib_bits_per_byte" in row}:
         print(f"zlib at level 9, given the whole test text at once: {min(figures):.3f} bits per byte")
-    print(json.dumps({row["row"]: {name: value for name, value in row.items() if name != "row"} for row in rows}))
+    if contrasts:
+        print("\n" + "\n".join(_contrast_lines(contrasts)) + "\n")
+    contrasts = {"contrasts": contrasts} if contrasts else {}
+    print(
+        json.dumps(
+            contrasts | {row["row"]: {name: value for name, value in row.items() if name != "row"} for row in rows}
+        )
+    )
     return 0
 
 

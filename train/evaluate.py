@@ -29,8 +29,10 @@ import zoo
 from train import config as config_lib
 from train import data, host, inputs, leaves, metrics, program, sources, tasks
 from train.checkpoint import CheckpointError, read_state
+from train.face_set import FaceSet
 from train.sequences import SequenceSet
 from train.sharding import batch_sharding, check_batch, make_mesh, place_batch
+from train.verification_metrics import Scored
 from zoo import preprocess
 from zoo.pretrained import abstract_variables
 
@@ -246,6 +248,64 @@ def score_run(
         with jax.default_matmul_precision(config.matmul_precision):
             _add(result, prefix, dataset, found)
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredFaces:
+    """A run's model on faces.
+
+    Attributes:
+        step, config, variables: of the checkpoint.
+        model, task, dataset: what was scored on what.
+        scored: every kind of pairs with their scores.
+    """
+
+    step: int
+    config: ml_collections.FrozenConfigDict
+    variables: dict[str, Any]
+    model: nn.Module
+    task: tasks.Verification
+    dataset: FaceSet
+    scored: dict[str, Scored]
+
+
+def score_faces(
+    workdir: epath.PathLike,
+    *,
+    step: int | None = None,
+    raw: bool = False,
+    split: str | None = None,
+    overrides: Sequence[str] = (),
+) -> ScoredFaces:
+    """The pairs of a run of task "verification" with their scores.
+
+    Args:
+        workdir, step, raw, overrides: as of `score_run`.
+        split: such as "validation+test"; None: the run's `data.eval_split`.
+
+    Raises:
+        CheckpointError: if there is no good checkpoint.
+        ValueError: for a run of another task, or without a split to score.
+    """
+    step, config, variables = load_run(workdir, step=step, raw=raw, overrides=overrides)
+    split = split or config.data.eval_split
+    if config.task != "verification" or not split:
+        raise ValueError(f"{workdir} is a run of task {config.task!r} with eval_split {split!r}: nothing to verify")
+    dataset = inputs.open_dataset(config, split)
+    model = program.build_model(config, dataset)
+    _check_fits(model, variables, dataset)
+    task = tasks.without_teacher(config, model, dataset)
+    with jax.default_matmul_precision(config.matmul_precision):
+        scored = score(
+            task,
+            model,
+            variables,
+            dataset,
+            transform=inputs.eval_transform(config, dataset),
+            batch_size=config.data.eval_batch_size or config.data.batch_size,
+            summarize=task.score,
+        )
+    return ScoredFaces(step, config, variables, model, task, dataset, scored)
 
 
 def load_run(

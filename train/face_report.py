@@ -1,8 +1,9 @@
-"""Scores a verification run and draws what came out: ROC curves, histograms of scores, a sheet of faces.
+"""Scores a verification run and draws what came out: ROC curves, histograms of scores, faces, what the model looks at.
 
     python -m train.face_report --workdir runs/twins --out runs/twins/pictures
 
-Writes `roc.png`, `scores.png` and `faces.png`; what is printed on stdout is one line of JSON with the metrics.
+Writes `roc.png`, `scores.png` and `faces.png`, and, of models with streams of parts or of asymmetry, `maps.png`.
+What is printed on stdout is one line of JSON with the metrics.
 """
 
 import argparse
@@ -11,13 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from train import evaluate, host, inputs, metrics, program, tasks, verification_metrics
+import zoo
+from train import evaluate, host, inputs, metrics, verification_metrics
 from train import verification_pictures as pictures
 from train.face_set import FaceSet
+from train.mixing import normalize
+from zoo.part_maps import AsymmetryMap, PartMap
 
 # Pairs of twins on the sheet, and pictures of each person.
 SHEET_PAIRS, SHEET_IMAGES = 6, 10
@@ -47,45 +52,59 @@ def report(
         ValueError: for a run of another task, or without a split to score.
         CheckpointError: if there is no good checkpoint.
     """
-    step, config, variables = evaluate.load_run(workdir, step=step, raw=raw, overrides=overrides)
-    split = split or config.data.eval_split
-    if config.task != "verification" or not split:
-        raise ValueError(f"{workdir} is a run of task {config.task!r} with eval_split {split!r}: nothing to verify")
-    dataset = inputs.open_dataset(config, split)
-    model = program.build_model(config, dataset)
-    task = tasks.without_teacher(config, model, dataset)
-    with jax.default_matmul_precision(config.matmul_precision):
-        scored = evaluate.score(
-            task,
-            model,
-            variables,
-            dataset,
-            transform=inputs.eval_transform(config, dataset),
-            batch_size=config.data.eval_batch_size or config.data.batch_size,
-            summarize=task.score,
-        )
+    run = evaluate.score_faces(workdir, step=step, raw=raw, split=split, overrides=overrides)
     directory = epath.Path(out)
     directory.mkdir(parents=True, exist_ok=True)
-    title = f"{config.model.name}, step {step:,}: {dataset.name}"
-    for name, image in (
-        ("roc", pictures.roc_picture(scored, title)),
-        ("scores", pictures.score_picture(scored, title)),
-        ("faces", face_sheet(dataset)),
-    ):
-        with (directory / f"{name}.png").open("wb") as file:
-            image.save(file, format="png")
-    return {"step": step, **verification_metrics.summary(scored, replicates=task.replicates)}
+    title = f"{run.config.model.name}, step {run.step:,}: {run.dataset.name}"
+    drawn = {
+        "roc": pictures.roc_picture(run.scored, title),
+        "scores": pictures.score_picture(run.scored, title),
+        "faces": face_sheet(run.dataset),
+        "maps": map_sheet(run, title),
+    }
+    for name, image in drawn.items():
+        if image is not None:
+            with (directory / f"{name}.png").open("wb") as file:
+                image.save(file, format="png")
+    return {"step": run.step, **verification_metrics.summary(run.scored, replicates=run.task.replicates)}
+
+
+def map_sheet(run: evaluate.ScoredFaces, title: str) -> Image.Image | None:
+    """What a model's parts look at, and where it finds the halves to differ, on faces of the last twins.
+
+    None for a model without such maps.
+    """
+    people = _shown(run.dataset)
+    rows = [np.flatnonzero(run.dataset.labels == person)[0] for person in people]
+    transform = inputs.eval_transform(run.config, run.dataset)
+    faces = np.stack([transform(run.dataset.read(int(row)))["image"] for row in rows])
+    normalized = normalize(jnp.asarray(faces), run.task.mean, run.task.std).astype(run.task.dtype)
+    maps = jax.device_get(zoo.attention_maps(run.model, run.variables, normalized))
+    parts = next((found for found in maps.values() if isinstance(found, PartMap)), None)
+    asymmetry = next((found for found in maps.values() if isinstance(found, AsymmetryMap)), None)
+    if parts is None and asymmetry is None:
+        return None
+    return pictures.map_picture(faces, _names(run.dataset, people), parts, asymmetry, title)
+
+
+def _shown(dataset: FaceSet) -> list[int]:
+    """The last pairs of twins; where there are none, the last people."""
+    everyone = range(dataset.num_classes)
+    return dataset.pairs[-SHEET_PAIRS:].ravel().tolist() or list(everyone)[-2 * SHEET_PAIRS :]
+
+
+def _names(dataset: FaceSet, people: Sequence[int]) -> list[str]:
+    return [dataset.label_names[person] + " hard" * bool(dataset.hard[person]) for person in people]
 
 
 def face_sheet(dataset: FaceSet, size: tuple[int, int] = (96, 96)) -> Image.Image:
-    """Pictures of the last pairs of twins, a person a row, resized to `size` (width, height)."""
-    rows, names = [], []
-    for person in dataset.pairs[-SHEET_PAIRS:].ravel().tolist():
+    """Pictures of the people of `_shown`, a person a row, resized to `size` (width, height)."""
+    rows, people = [], _shown(dataset)
+    for person in people:
         taken = np.flatnonzero(dataset.labels == person)[:SHEET_IMAGES].tolist()
         images = [Image.fromarray(dataset.read(index)["image"].squeeze()).convert("RGB") for index in taken]
         rows.append([np.asarray(image.resize(size, Image.Resampling.BICUBIC)) for image in images])
-        names.append(dataset.label_names[person] + " hard" * bool(dataset.hard[person]))
-    return pictures.contact_sheet(rows, names)
+    return pictures.contact_sheet(rows, _names(dataset, people))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -46,9 +46,11 @@ def open_faces(name: str, *, split: str, path: epath.PathLike | None = None, **o
         raise ValueError(f"data path {str(path)!r} was given, but 'twins' is built in and takes none")
     if name == "people" and options:
         raise ValueError(f"the folder of people takes no options, got {', '.join(sorted(options))}")
-    first, plus, second = split.partition("+")
-    if plus:
-        parts = (open_faces(name, split=part, path=path, **options) for part in (first, second))
+    first, *others = split.split("+")
+    if len(others) > 1:
+        raise ValueError(f"split {split!r} joins {1 + len(others)} splits; it takes A, or A+B with thresholds from A")
+    if others:
+        parts = (open_faces(name, split=part, path=path, **options) for part in (first, *others))
         return with_validation(*parts)
     if name == "twins":
         return twins.open_twins(split=split, **options)
@@ -111,15 +113,19 @@ def open_people(root: epath.Path, split: str) -> FaceSet:
 
 def _split_lists(root: epath.Path, people: Sequence[str]) -> dict[str, list[str]]:
     """Who is in which split."""
-    listed, owner = {}, {}
+    listed, owner, known = {}, {}, set(people)
     for path in sorted(root.glob("*.txt")):
         split = path.name.removesuffix(".txt")
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_text().removeprefix("\ufeff").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
         if not names:
             raise ValueError(f"{path.name} of {str(root)!r} lists nobody")
         for name in names:
-            if name not in people:
-                raise ValueError(f"{path.name} names {name!r}, who has no directory in images{nearest(name, people)}")
+            if name not in known:
+                raise ValueError(
+                    f"{path.name} names {name!r}, who has no directory in images{nearest(name, people)}; every .txt "
+                    "there lists the people of a split"
+                )
             if name in owner:
                 raise ValueError(f"{name!r} is listed in {owner[name]}.txt and again in {path.name}: once is enough")
             owner[name] = split
@@ -129,11 +135,11 @@ def _split_lists(root: epath.Path, people: Sequence[str]) -> dict[str, list[str]
 
 def _read_pairs(path: epath.Path, people: Sequence[str]) -> tuple[dict[str, str], set[str]]:
     """Everyone's twin, and who is of a hard pair."""
-    rows = list(csv.reader(io.StringIO(path.read_text())))
+    rows = list(csv.reader(io.StringIO(path.read_text().removeprefix("\ufeff"))))
     head = [cell.strip().lower() for cell in rows[0]] if rows else []
     if head not in (["identity", "twin"], ["identity", "twin", "hard"]):
         raise ValueError(f"{path.name} begins with {','.join(head)!r}; its head must be identity,twin or with ,hard")
-    twin_of, hard_ones = {}, {}
+    twin_of, hard_ones, known = {}, {}, set(people)
     for number, row in enumerate(rows[1:], 2):
         cells, where = [cell.strip() for cell in row], f"line {number} of {path.name}"
         if not any(cells):
@@ -142,7 +148,7 @@ def _read_pairs(path: epath.Path, people: Sequence[str]) -> tuple[dict[str, str]
             raise ValueError(f"{where} has {len(cells)} cells, {len(head)} are wanted: {','.join(row)!r}")
         pair = cells[:2]
         for name in pair:
-            if name not in people:
+            if name not in known:
                 raise ValueError(f"{where} names {name!r}, who has no directory in images{nearest(name, people)}")
         if pair[0] == pair[1]:
             raise ValueError(f"{where} makes {pair[0]!r} a twin of their own")

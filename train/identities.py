@@ -25,7 +25,7 @@ class IdentityOrder:
         parts: parts of a batch.
         images: of each person in a part.
         twin_share: share of a part's people who are there with their twin, rounded to whole pairs: 0.75 is twins to
-            others as 3 to 1, which is how the paper oversamples them (it says no more than "3:1").
+            others as 3 to 1, as the paper on twins oversamples them (summaries say no more than "3:1").
         seed: of all draws.
 
     Raises:

@@ -21,6 +21,7 @@ from train.inputs import eval_splits, eval_transform, open_dataset, train_order,
 from train.sequences import SequenceSet
 from train.sharding import check_batch, place_batch
 from train.step import TrainState
+from train.verification_metrics import pairs_to_verify
 
 # Steps dispatched ahead of the device: enough to hide the host, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
@@ -199,11 +200,21 @@ def _open_data(
         if isinstance(dataset, FaceSet):
             if dataset is not train_set:
                 check_strangers(train_set, dataset)
+                _check_pairs(config, dataset)
             continue
         found, wanted = getattr(dataset, field), getattr(train_set, field)
         if found != wanted:
             raise ValueError(f"{dataset.name} has {found} {what}, {train_set.name} has {wanted}")
     return train_set, eval_sets
+
+
+def _check_pairs(config: ml_collections.FrozenConfigDict, dataset: FaceSet) -> None:
+    """Raises `ValueError` for faces that could not be scored after training, before it begins."""
+    try:
+        of_images = (values[dataset.labels] for values in (dataset.twins, dataset.hard, dataset.validation))
+        pairs_to_verify(dataset.labels, *of_images, max_impostors=config.verification.max_impostors)
+    except ValueError as error:
+        raise ValueError(f"the {dataset.name} cannot be scored: {error}") from error
 
 
 def _eval_batch_size(config: ml_collections.FrozenConfigDict) -> int:

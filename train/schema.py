@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "distill.kind": ("hard", "soft"),
     "verification.loss": ("arcface", "cosface", "adaface"),
     "verification.negative": ("hardest", "twin"),
-    "optim.name": ("adamw", "lamb", "muon", "sgd"),
+    "optim.name": ("adam", "adamw", "lamb", "muon", "sgd"),
     "optim.schedule": ("cosine", "linear", "constant", "rsqrt"),
     "dtype": ("float32", "bfloat16", "float64"),
     "param_dtype": ("float32", "bfloat16", "float64"),
@@ -45,7 +45,7 @@ def default() -> ml_collections.ConfigDict:
                 "overrides": {},  # fields of the model that differ from its variant, e.g. drop_path_rate
                 "weights": placeholder(str),  # start from: a file, a checkpoint directory, a full tag; None: fresh
                 "backbone": "",  # a ViT, or its full tag, of which `weights` are (None: the tag's); "": of `name`
-                "resize": "bilinear",  # of weights made for another image size
+                "resize": placeholder(str),  # of weights made for another image size; None: as their own code does
             },
             "task": "classify",  # what is learned: loss and metrics
             "data": {
@@ -120,7 +120,7 @@ def default() -> ml_collections.ConfigDict:
             "optim": {
                 "name": "adamw",
                 "lr": 1e-3,  # at the end of the warm-up
-                "weight_decay": 0.0,  # decoupled, times the learning rate; parameters of 2 or more dimensions
+                "weight_decay": 0.0,  # decoupled but for adam, times the learning rate; kernels and tables
                 "no_decay": (),  # regexes of parameter paths that are not decayed either
                 "clip_norm": placeholder(float),  # largest global norm of the gradient; None: no clipping
                 "schedule": "cosine",  # see train.optim.schedule
@@ -128,9 +128,9 @@ def default() -> ml_collections.ConfigDict:
                 "warmup_lr": 0.0,
                 "end_lr": 0.0,  # floor
                 "cooldown_steps": 0,  # steps at the floor at the end, part of total_steps
-                "b1": 0.9,  # adamw, lamb, muon
-                "b2": 0.999,  # adamw, lamb, muon
-                "eps": 1e-8,  # adamw, lamb, muon
+                "b1": 0.9,  # adam, adamw, lamb, muon
+                "b2": 0.999,  # adam, adamw, lamb, muon
+                "eps": 1e-8,  # adam, adamw, lamb, muon
                 "momentum": 0.9,  # sgd; muon, whose authors take 0.95
                 "layer_decay": 1.0,  # learning rate of layer i times layer_decay ** (layers - i)
             },
@@ -227,7 +227,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     problems += [
         f"unknown {path} {values[path]!r}{nearest(values[path], names)}"
         for path, names in CHOICES.items()
-        if values[path] not in names
+        if values[path] is not None and values[path] not in names
     ]
     problems += [f"{path} is not set" for path in ("model.name", "data.name", "total_steps") if not values[path]]
     problems += [
@@ -287,6 +287,13 @@ def _verification_problems(config: ml_collections.ConfigDict) -> list[str]:
             problems.append(f"augment.{name} {augment[name]} is for classes; task 'verification' takes 0")
     if config.loss.label_smoothing:
         problems.append(f"loss.label_smoothing {config.loss.label_smoothing} is for classes; 'verification' takes 0")
+    if settings.easy_margin and settings.loss != "arcface":
+        problems.append(f"verification.easy_margin is of arcface; {settings.loss!r} takes False")
+    if config.model.overrides.get("num_classes"):
+        problems.append(
+            f"model.overrides.num_classes {config.model.overrides.num_classes}: task 'verification' compares "
+            "embeddings and brings the people's weights itself; leave it out"
+        )
     if config.data.repeats != 1:
         problems.append(f"data.repeats {config.data.repeats} has no meaning for batches of identities; it must be 1")
     return problems

@@ -34,8 +34,8 @@ def from_weights(program: Program, state: TrainState, config: ml_collections.Fro
         resize=config.model.resize,
         seed=config.seed,
     )
-    if not backbone:
-        fields |= config.model.overrides
+    # Of the backbone's own fields the one that says how its blocks are counted.
+    fields |= {"depths": model.depths} if backbone else config.model.overrides
     _, variables, report = zoo.load_pretrained(backbone or config.model.name, config.model.weights, **fields)
     if backbone:
         variables = with_backbone(state.variables(), variables)

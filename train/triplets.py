@@ -41,7 +41,7 @@ def triplet_masks(
         labels: identities.
         twins: the identity of each row's twin, -1 where there is none.
         negative: "hardest": every other person, the twin among them; "twin": the twin alone where it is in the batch,
-            else every other person. The paper says "the twin or the hardest non-twin", which both of them are.
+            else every other person. Summaries of the paper say "the twin or the hardest non-twin": both of them are.
 
     Returns:
         `positives`: the anchor's other images; `negatives`. Both (anchor, other).

@@ -12,6 +12,7 @@ from train import drawn_faces, splits
 from train.face_set import FaceSet, describe
 from train.generated import need
 from train.sources import ArraySource
+from zoo.registry import nearest
 
 SPLITS = ("train", "validation", "test")
 # A pair is hard when its difference is among the smallest so many of the split.
@@ -49,6 +50,10 @@ class Twins:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, whole = getattr(self, field.name), field.type is int
+            right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            need(right, f"{field.name}={value!r}", "a whole number" if whole else "a number")
         for name in ("pairs", "validation_pairs", "test_pairs", "images", "eval_images"):
             need(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1")
         for name in ("singles", "nuisance", "seed"):
@@ -74,11 +79,14 @@ def open_twins(*, split: str, **options: int | float) -> FaceSet:
         a twin come last. A pair is hard if it is in the third of the split with the smallest `difference`.
 
     Raises:
-        ValueError: for an unknown split or an option out of range.
-        TypeError: for an unknown option.
+        ValueError: for an unknown split or option, or an option out of range.
     """
     if split not in SPLITS:
         raise splits.unknown_split(split, SPLITS, "the drawn twins")
+    known = [field.name for field in dataclasses.fields(Twins)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"the drawn twins have no option {name!r}{nearest(name, known)}")
     settings = Twins(**options)
     pairs, singles, count = settings.families(split)
     images, hard = _drawn(settings, split)

@@ -1,11 +1,12 @@
 """How well scores of pairs tell genuine pairs from impostors, with confidence intervals over people.
 
 A pair is accepted where its score is at least the threshold. TAR is the share of genuine pairs that are accepted, FAR
-that of impostors.
+that of impostors. The accuracy is that of as many genuine pairs as impostors.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -16,8 +17,8 @@ from train.pairs import Pairs, cosine_scores, pair_lists
 TARS = {"tar_at_far_1pct": 0.01, "tar_at_far_01pct": 0.001}
 METRICS = ("accuracy", "auc", *TARS)
 CONFIDENCE = 0.95
-# Kind of pairs -> the kind of validation pairs that its threshold is chosen on. Who decides does not know which twins
-# are hard.
+# Kind of pairs -> the kind of validation pairs that its threshold is chosen on: hard twins get that of all twins, since
+# whoever uses a threshold does not know which twins are hard.
 THRESHOLD_OF = {"general": "general", "twin": "twin", "hard_twin": "twin"}
 
 
@@ -125,23 +126,32 @@ def measure(
         return accuracy(scores, pairs.genuine, threshold, weights), roc.auc(), *tars
 
     found = dict(zip(METRICS, all_of(None)))
-    names, families = np.unique(pairs.families, return_inverse=True)
-    families = families.reshape(-1, 2)
-    if replicates and len(names) > 1:
-        rng = np.random.Generator(np.random.PCG64(seed))
-        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=replicates)
-        within = families[:, 0] == families[:, 1]
-        samples = []
-        for times in drawn.astype(np.float64):
-            weights = times[families[:, 0]] * np.where(within, 1, times[families[:, 1]])
-            if weights[pairs.genuine].any() and weights[~pairs.genuine].any():
-                samples.append(all_of(weights))
-        if samples:
-            ends = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-            for name, low, high in zip(METRICS, *ends):
-                found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    samples = [all_of(weights) for weights in _resampled(pairs, replicates, seed)]
+    if samples:
+        for name, low, high in zip(METRICS, *_interval(samples)):
+            found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
     genuine = int(pairs.genuine.sum())
     return found | {"genuine_pairs": genuine, "impostor_pairs": len(pairs) - genuine}
+
+
+def _resampled(pairs: Pairs, replicates: int, seed: int) -> Iterator[Float[np.ndarray, " P"]]:
+    """How often each pair counts in the replicates of a bootstrap over families; none of fewer than two families."""
+    names, families = np.unique(pairs.families, return_inverse=True)
+    families = families.reshape(-1, 2)
+    if not replicates or len(names) < 2:
+        return
+    rng = np.random.Generator(np.random.PCG64(seed))
+    drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=replicates)
+    within = families[:, 0] == families[:, 1]
+    for times in drawn.astype(np.float64):
+        weights = times[families[:, 0]] * np.where(within, 1, times[families[:, 1]])
+        if weights[pairs.genuine].any() and weights[~pairs.genuine].any():
+            yield weights
+
+
+def _interval(samples: Sequence[Any]) -> Float[np.ndarray, "2 ..."]:
+    """The ends of the confidence interval."""
+    return np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +161,40 @@ class Scored:
     pairs: Pairs
     scores: Float[np.ndarray, " P"]
     threshold: float
+
+
+def pairs_to_verify(
+    labels: Int[np.ndarray, " N"],
+    twins: Int[np.ndarray, " N"],
+    hard: Bool[np.ndarray, " N"],
+    validation: Bool[np.ndarray, " N"],
+    *,
+    max_impostors: int = 100_000,
+    seed: int = 0,
+) -> tuple[dict[str, Pairs], dict[str, Pairs]]:
+    """The pairs of every kind among the images for validation, and among the others.
+
+    Args:
+        labels, twins, hard, validation, max_impostors, seed: as in `score`.
+
+    Raises:
+        ValueError: if there is no pair to score, or none to choose a kind's threshold on.
+    """
+    known, asked = (
+        pair_lists(labels[part], twins[part], hard[part], max_impostors=max_impostors, seed=seed)
+        for part in (validation, ~validation)
+    )
+    if not asked:
+        raise ValueError(
+            "no pairs to verify: there must be a person of two images, and either their twin or someone else"
+        )
+    for kind in asked:
+        if THRESHOLD_OF[kind] not in known:
+            raise ValueError(
+                f"the validation part has no {THRESHOLD_OF[kind]} pairs to choose the threshold of {kind} pairs on; "
+                "eval_split is two splits, such as 'validation+test', the first of which has people of two images each"
+            )
+    return known, asked
 
 
 def score(
@@ -174,23 +218,15 @@ def score(
         ValueError: if there is no pair to score, or none to choose a kind's threshold on.
     """
 
-    def scored(part):
-        lists = pair_lists(labels[part], twins[part], hard[part], max_impostors=max_impostors, seed=seed)
-        return {kind: (pairs, cosine_scores(embeddings[part], pairs)) for kind, pairs in lists.items()}
-
-    known, asked = scored(validation), scored(~validation)
-    if not asked:
-        raise ValueError(
-            "no pairs to verify: there must be a person of two images, and either their twin or someone else"
-        )
-    found = {}
-    for kind, (pairs, scores) in asked.items():
-        wanted = THRESHOLD_OF[kind]
-        if wanted not in known:
-            raise ValueError(f"the validation part has no {wanted} pairs to choose the threshold of {kind} pairs on")
-        others, their_scores = known[wanted]
-        found[kind] = Scored(pairs, scores, Ranking(their_scores, others.genuine).roc().best_threshold())
-    return found
+    known, asked = pairs_to_verify(labels, twins, hard, validation, max_impostors=max_impostors, seed=seed)
+    thresholds = {}
+    for kind, pairs in known.items():
+        ranking = Ranking(cosine_scores(embeddings[validation], pairs), pairs.genuine)
+        thresholds[kind] = ranking.roc().best_threshold()
+    return {
+        kind: Scored(pairs, cosine_scores(embeddings[~validation], pairs), thresholds[THRESHOLD_OF[kind]])
+        for kind, pairs in asked.items()
+    }
 
 
 def summary(scored: Mapping[str, Scored], *, replicates: int = 1000, seed: int = 0) -> dict[str, float]:
@@ -200,3 +236,50 @@ def summary(scored: Mapping[str, Scored], *, replicates: int = 1000, seed: int =
         values = measure(these.scores, these.pairs, these.threshold, replicates=replicates, seed=seed)
         found |= {f"{kind}_{name}": value for name, value in (values | {"threshold": these.threshold}).items()}
     return found
+
+
+def contrast(
+    ours: Sequence[Mapping[str, Scored]],
+    theirs: Sequence[Mapping[str, Scored]],
+    *,
+    replicates: int = 1000,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """How much more accurate models are than others on the same pairs.
+
+    The interval is that of `measure`'s bootstrap with both sides scored on the same families each time, so that what is
+    hard for all counts for neither. The models stay: it says nothing of what other seeds of training would give.
+
+    Args:
+        ours, theirs: what `score` gives for the models of each side, such as those of several seeds; means are taken.
+        replicates, seed: of the bootstrap.
+
+    Returns:
+        For every kind of pairs `difference` of the mean accuracies, from -1 to 1, and the ends of its interval, `low`
+        and `high` (absent where there is none).
+
+    Raises:
+        ValueError: if the models were not scored on the same pairs.
+    """
+    found = {}
+    for kind, first in ours[0].items():
+        sides = [[scored[kind] for scored in side] for side in (ours, theirs)]
+        if any(not _same(first.pairs, scored.pairs) for side in sides for scored in side):
+            raise ValueError(f"the {kind} pairs of the models are not the same, so that they cannot be compared")
+
+        def difference(weights, sides=sides):
+            mean = (
+                np.mean([accuracy(one.scores, one.pairs.genuine, one.threshold, weights) for one in side])
+                for side in sides
+            )
+            return float(np.subtract(*mean))
+
+        found[kind] = {"difference": difference(None)}
+        samples = [difference(weights) for weights in _resampled(first.pairs, replicates, seed)]
+        if samples:
+            found[kind] |= dict(zip(("low", "high"), _interval(samples).tolist()))
+    return found
+
+
+def _same(pairs: Pairs, others: Pairs) -> bool:
+    return np.array_equal(pairs.first, others.first) and np.array_equal(pairs.second, others.second)

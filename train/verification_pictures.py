@@ -5,11 +5,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from train.verification_metrics import Ranking, Roc, Scored
-from zoo.panels import VIRIDIS
+from zoo.face_regions import REGIONS
+from zoo.panels import VIRIDIS, Frame, plain_heat, resized
+from zoo.part_maps import AsymmetryMap, PartMap
 from zoo.pictures import INK, MUTED, PAPER, RULE
 
 TITLES = {"general": "Strangers", "twin": "Twins", "hard_twin": "Hard twins"}
@@ -21,6 +23,8 @@ LEAST_FAR = 1e-4
 BINS = 60
 WIDTH, MARGIN = 1200, 48
 PLOT = 500
+# Side of a panel of a map, and the outlines of regions on it.
+TILE, BOX = 144, "#fde725"
 
 
 def roc_picture(scored: Mapping[str, Scored], title: str) -> Image.Image:
@@ -120,6 +124,48 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], sc
         for place, pixels in enumerate(row):
             tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
             image.paste(tile, (before + place * width, number * height))
+    return image
+
+
+def map_picture(
+    faces: UInt8[np.ndarray, "B h w c"],
+    names: Sequence[str],
+    parts: PartMap | None,
+    asymmetry: AsymmetryMap | None,
+    title: str,
+) -> Image.Image:
+    """A face a row: the picture with the boxes of its regions, where each region looked, where the halves differ.
+
+    Args:
+        faces: what the model saw.
+        names: of the rows.
+        parts, asymmetry: maps of these faces; None leaves their panels out.
+        title: at the head of the picture.
+    """
+    heads, columns = ["what it sees"], []
+    if parts is not None:
+        heads += [f"{region} look at" for region in REGIONS]
+        columns += [parts.heat(region) for region in range(len(REGIONS))]
+    if asymmetry is not None:
+        heads.append("the halves differ")
+        columns.append(asymmetry.heat())
+    before = MARGIN + 12 + round(max(_font(15).getlength(name) for name in names))
+    step = TILE + 12
+    image = Image.new("RGB", (max(WIDTH, before + step * len(heads) + MARGIN), 150 + step * len(faces)), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((MARGIN, 24), title, INK, _font(24))
+    about = "Colours of a panel go from its own least to its greatest value; under them the face in grey."
+    draw.text((MARGIN, 62), about, MUTED, _font(16))
+    for column, head in enumerate(heads):
+        draw.text((before + step * column, 106), head, INK, _font(16))
+    for row, (face, name) in enumerate(zip(faces, names)):
+        top, frame = 136 + step * row, Frame(face, TILE, (0.5, 0.5))
+        draw.text((MARGIN, top + TILE / 2), name, INK, _font(15), anchor="lm")
+        image.paste(resized(face, frame.size), (before, top))
+        for left, upper, right, lower in [] if parts is None else (TILE * np.asarray(parts.boxes[row])).tolist():
+            draw.rectangle((before + left, top + upper, before + right - 1, top + lower - 1), outline=BOX)
+        for column, heat in enumerate(columns, 1):
+            image.paste(plain_heat(heat[row], frame), (before + step * column, top))
     return image
 
 

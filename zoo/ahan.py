@@ -1,10 +1,18 @@
 """AHAN: Asymmetric Hierarchical Attention Network (AAAI 2026, arXiv:2602.21503), which tells identical twins apart.
 
 A ViT, beside it a stream of parts (HCA) and one of asymmetry (FAAM), and, in training alone, keys and values of the
-anchor's own twin among those of the anchor (TA-PWCA). There is no public code, and of many choices the paper says
-nothing. Known are the backbone, the three modules, four regions at three scales with scale weights by a softmax, the
-flipped half with the absolute difference, and TA-PWCA in layers 6 to 9 with probability 0.5. All else is inferred; each
-such choice is a field of the model, and its description says that the paper does not tell.
+anchor's own twin among those of the anchor (TA-PWCA). There is no public code, and the paper's equations were not at
+hand; what is certain is told by tags:
+
+- [S], reported by summaries of the paper: the backbone ViT-B/16, the three streams, four regions at three scales whose
+  weights are a softmax, the flipped right half with attention both ways and the absolute difference, TA-PWCA in layers
+  6 to 9 with probability 0.5.
+- [I], inferred here: a field of the model where there is a choice. Without a field: queries of HCA and FAAM pass a norm
+  of their own, a region's queries are averaged before scales are mixed, the fusion is one linear map.
+
+Sizes beside the ViT-B/16 at 224 x 224 (85.8 M parameters, 17.6 G MACs): the default adds 38.5 % of the parameters and
+21.6 % of the MACs, its twelve cross-attentions alone 33.0 % and 19.8 %; summaries report 33 % and 36 %, see
+`hca_layout`. `tests/test_ahan.py` has every layout in closed form.
 """
 
 import flax.linen as nn
@@ -35,30 +43,29 @@ class AHAN(ViT):
     layers, those of its twin, in the same stream, in one softmax. Without a twin in the batch an anchor sees itself.
 
     Attributes, beside those of a ViT:
-        embedding_dim: width of the embedding; the paper does not say, 512 is usual.
-        embedding_norm: whether a batch norm ends the embedding; the paper does not say.
+        embedding_dim: width of the embedding [I]; 512 is usual.
+        embedding_norm: whether a batch norm ends the embedding [I].
         hca, faam: whether there are these streams; without both an embedding is that of the backbone's class token.
-        scales: sides of the squares of a region's cells that become one query: down-sampling by 1, 2 and 4.
-        region_cells: side of the square that a region is resampled to; the paper does not say. 8 makes 64, 16 and 4
-            queries.
+        scales: sides of the squares of a region's cells that become one query: down-sampling by 1, 2 and 4 [S].
+        region_cells: side of the square that a region is resampled to [I]. 8 makes 64, 16 and 4 queries.
         sampling_ratio: samples of a cell along each side, as in RoI-align.
-        hca_sharing: which of the twelve cross-attentions share their projections; the paper does not say. Its 33 %
-            more parameters are those of twelve independent ones, but also of others, see `hca_layout`.
-        hca_layout: what a cross-attention is made of; the paper does not say. `"attention"` has projections of query,
-            key, value and output, no shortcut, no MLP. `"projections"` has none of the output; with both directions of
-            FAAM (`faam_shared=False`) likewise and the fusion that is 33 % too. So are whole encoder blocks,
-            `"block"`, one for every region (`hca_sharing="scales"`).
-        hca_class_token: whether the class token is among what regions look at; the paper says "global tokens".
-        faam_shared: whether FAAM's two directions have the same projections; the paper does not say.
-        faam_layout: `"attention"` or `"projections"`; the paper does not say.
-        cross_heads: attention heads of HCA and FAAM, None for those of the backbone; the paper does not say.
-        stream_stage: which stage's tokens HCA and FAAM read; the paper does not say. -1 is the last; other places need
-            `depths` of more parts.
-        stream_norm: whether they pass the backbone's last norm before; the paper does not say.
-        pair_probability: of a step having TA-PWCA; 0 never has it.
-        pair_layers: the first and the last layer that has it, counted from 1.
-        pair_coin: `"step"`: one draw for the whole batch, `"image"`: one for every image; the paper does not say.
-        pair_gradient: whether gradients pass through the twin's keys and values; the paper does not say.
+        hca_sharing: which of the twelve cross-attentions share their projections [I]. The reported 33 % more parameters
+            are those of twelve independent ones, but also of others, see `hca_layout`.
+        hca_layout: what a cross-attention is made of [I]. `"attention"` has projections of query, key, value and
+            output, no shortcut, no MLP. `"projections"` has none of the output; with both directions of FAAM
+            (`faam_shared=False`) likewise and the fusion that is 33 % too. So are whole encoder blocks, `"block"`, one
+            for every region (`hca_sharing="scales"`).
+        hca_class_token: whether the class token is among what regions look at, "global tokens" [I].
+        faam_shared: whether FAAM's two directions have the same projections [I].
+        faam_layout: `"attention"` or `"projections"` [I].
+        cross_heads: attention heads of HCA and FAAM, None for those of the backbone [I].
+        stream_stage: which stage's tokens HCA and FAAM read [I]. -1 is the last; other places need `depths` of more
+            parts.
+        stream_norm: whether they pass the backbone's last norm before [I]; without it their keys and values have none.
+        pair_probability: of a step having TA-PWCA, 0.5 [S]; 0 never has it.
+        pair_layers: the first and the last layer that has it, 6 and 9 [S], counted from 1 [I].
+        pair_coin: `"step"`: one draw for the whole batch, `"image"`: one for every image [I].
+        pair_gradient: whether gradients pass through the twin's keys and values [I].
         logit_scale: factor on the cosines of classes.
     """
 
@@ -93,6 +100,11 @@ class AHAN(ViT):
         check_choice("hca_layout", self.hca_layout, LAYOUTS)
         check_choice("faam_layout", self.faam_layout, LAYOUTS[:2])
         check_choice("pair_coin", self.pair_coin, ("step", "image"))
+        for name in ("embedding_dim", "region_cells", "sampling_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.scales:
+            raise ValueError("scales must name at least one, got none")
         for scale in self.scales:
             if scale < 1 or self.region_cells % scale:
                 raise ValueError(f"scales must divide region_cells={self.region_cells}, got {scale}")
@@ -100,7 +112,7 @@ class AHAN(ViT):
             raise ValueError(f"cross_heads must divide dim={self.dim} or be None, got {self.cross_heads}")
         if not 0 <= self.pair_probability <= 1:
             raise ValueError(f"pair_probability must be from 0 to 1, got {self.pair_probability}")
-        first, last = self.pair_layers
+        first, last = self.pair_layers if len(self.pair_layers) == 2 else (0, 0)
         if not 1 <= first <= last <= sum(self.depths):
             raise ValueError(
                 f"pair_layers must be the first and the last of the layers 1 to {sum(self.depths)}, got "
@@ -152,8 +164,8 @@ class AHAN(ViT):
             images: `(B, H, W, C)`, normalised, of the size that the model is made for.
             train: whether the model is in training.
             boxes: `(B, 4, 4)` or `(1, 4, 4)`: (left, top, right, bottom) of `REGIONS`, as shares of the image's width
-                and height; None for `CANONICAL_BOXES`, those of aligned faces. Boxes that are at hand (not traced)
-                are checked.
+                and height; None for `CANONICAL_BOXES`, those of aligned faces. The values of boxes that are at hand
+                (not traced) are checked.
             twin_index: in training, for every image the place in the batch of one of the anchor's twin; an index
                 outside the batch, such as -1, for none. None: there are no twins. Draws from the rng stream
                 `"dropout"`.
@@ -167,7 +179,7 @@ class AHAN(ViT):
         if twin_index is not None and not train:
             raise ValueError("twin_index is for training (train=True) alone; leave it None")
         boxes = self._boxes(boxes, images.shape[0])
-        tokens = self.forward_tokens(images, train, self._paired(twin_index))
+        tokens = self.forward_tokens(images, train, self._paired(twin_index, images.shape[0]))
         streams = [self.head_norm(tokens[-1][:, 0])]
         # From the front the first output is the stem's.
         read = tokens[1:][self.stream_stage]
@@ -183,17 +195,18 @@ class AHAN(ViT):
     def _boxes(self, boxes, batch: int):
         if boxes is None:
             boxes = jnp.asarray([CANONICAL_BOXES], jnp.float32)
-        elif not isinstance(boxes, jax.core.Tracer):
+        else:
             check_boxes(boxes)
         if boxes.shape[0] not in (1, batch):
             raise ValueError(f"boxes are for {boxes.shape[0]} images, there are {batch}")
         return jnp.broadcast_to(boxes, (batch, *boxes.shape[1:]))
 
-    def _paired(self, twin_index):
+    def _paired(self, twin_index, batch: int):
         """What takes the place of the attention of the blocks with TA-PWCA, by number."""
+        if twin_index is not None and twin_index.shape != (batch,):
+            raise ValueError(f"twin_index must be ({batch},), one for every image, got {twin_index.shape}")
         if twin_index is None or not self.pair_probability:
             return None
-        batch = twin_index.shape[0]
         coins = jax.random.bernoulli(
             self.make_rng("dropout"), self.pair_probability, () if self.pair_coin == "step" else (batch,)
         )

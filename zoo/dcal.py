@@ -52,16 +52,21 @@ class DCAL(ViT):
     In training it returns the logits of every branch, `(sa, glca, pwca)`, whose losses `dynamic_loss` joins. PWCA runs
     SA's blocks and classifier once more, each image with the keys and values of another one of the batch, in the same
     stream, beside its own (the paper does not say where a partner's features come from, nor of a classifier for PWCA,
-    whose target is SA's).
+    whose target is SA's). `python -m train` trains it for classification; the paper's retrieval, by triplets of all
+    branches' tokens, is not here.
 
     Attributes, beside those of a ViT; GLCA is a whole encoder block of its own, after the last block and before the
     last norm (the paper does not say where, nor what the block has; one block is the share of parameters that it
     reports, and it finds one block of GLCA and deep rollouts best):
-        glca, pwca: whether there are these branches.
+        glca, pwca: whether there are these branches; PWCA, whose loss is of classes, with classes alone.
         ratio: share of the patches that ask in GLCA: 0.1 for classification, 0.3 for retrieval. The class token
             always asks; the paper does not say so, but its retrieval reads it.
         head_fusion: of the rollout over all blocks; the paper does not say.
         residual: share of the shortcut in the rollout.
+        glca_token: what GLCA's classifier reads. `"class"`: the class token after the block, as the paper's retrieval
+            does (inferred for classification). It asks all tokens by itself, so that after a single block the other
+            queries reach nothing: `ratio`, `head_fusion` and `residual` then change neither the output nor a gradient.
+            `"mean"` (ours): the mean of all tokens that asked, in which the selection counts.
         inference: `"probabilities"`: logits whose softmax is the mean of SA's and GLCA's probabilities.
             `"tokens"`: both class tokens, `(B, 2 * dim)`, for retrieval; so too with `num_classes=0`.
     """
@@ -71,6 +76,7 @@ class DCAL(ViT):
     ratio: float = 0.1
     head_fusion: str = "mean"
     residual: float = 0.5
+    glca_token: str = "class"
     inference: str = "probabilities"
 
     def check(self) -> None:
@@ -81,6 +87,7 @@ class DCAL(ViT):
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio must be above 0 and at most 1, got {self.ratio}")
         check_choice("head_fusion", self.head_fusion, HEAD_FUSIONS)
+        check_choice("glca_token", self.glca_token, ("class", "mean"))
         check_choice("inference", self.inference, ("probabilities", "tokens"))
 
     @property
@@ -105,6 +112,7 @@ class DCAL(ViT):
                 ratio=self.ratio,
                 head_fusion=self.head_fusion,
                 residual=self.residual,
+                token=self.glca_token,
                 **like,
             )
             self.glca_norm = Norm(**like)
@@ -128,9 +136,11 @@ class DCAL(ViT):
         Raises:
             ValueError: for partners without training with PWCA.
         """
-        paired = train and self.pwca
+        paired = train and self.pwca and self.num_classes > 0
         if partner is not None and not paired:
-            raise ValueError("partner is for training (train=True) of a model with pwca=True; leave it None")
+            raise ValueError(
+                "partner is for training (train=True) of a model with pwca=True and num_classes above 0; leave it None"
+            )
         tokens, weights = self.forward_tokens(images, train, return_weights=self.glca), None
         if self.glca:
             tokens, weights = tokens
@@ -171,6 +181,10 @@ class DCAL(ViT):
         total = functools.reduce(jnp.logaddexp, shares) - jnp.log(float(len(shares)))
         return total.astype(logits[0].dtype)
 
+    def join_losses(self, losses: Sequence[Float[Array, ""]]) -> Float[Array, ""]:
+        """`dynamic_loss` of the branches' losses with the model's own weights."""
+        return dynamic_loss(losses, self.loss_weights)
+
     def __call__(self, images: Float[Array, "B H W C"], train: bool = False, partner: Int[Array, "B"] | None = None):
         """What `forward_head` returns; with `features_only` a tuple of the stages' outputs."""
         if self.features_only:
@@ -184,7 +198,7 @@ class GlobalLocal(nn.Module):
     What is not selected leaves out its queries, its shortcut and its MLP.
 
     Attributes:
-        ratio, head_fusion, residual: see `DCAL`; all others are those of a `zoo.vit.Block`.
+        ratio, head_fusion, residual: see `DCAL`; token: its `glca_token`; all others are those of a `zoo.vit.Block`.
     """
 
     num_heads: int
@@ -196,6 +210,7 @@ class GlobalLocal(nn.Module):
     ratio: float
     head_fusion: str
     residual: float
+    token: str
     implementation: str | tuple[str, ...] | None = None
     dtype: object = None
     param_dtype: object = jnp.float32
@@ -204,7 +219,7 @@ class GlobalLocal(nn.Module):
     def __call__(
         self, tokens: Float[Array, "B N D"], weights: Sequence[Float[Array, "B H N N"]], train: bool
     ) -> Float[Array, "B D"]:
-        """The class token after this block.
+        """The class token after this block, or the mean of all tokens that asked.
 
         Args:
             tokens: those after the last block.
@@ -227,7 +242,8 @@ class GlobalLocal(nn.Module):
             param_dtype=self.param_dtype,
             name="block",
         )
-        return block(tokens, train, None, False, rows)[:, 0]
+        asked = block(tokens, train, None, False, rows)
+        return asked[:, 0] if self.token == "class" else asked.mean(1)
 
 
 _TINY = dict(dim=192, num_heads=3)

@@ -1,5 +1,6 @@
 """Regions of a face as boxes, which models of faces take beside the images."""
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -20,13 +21,17 @@ CANONICAL_BOXES = (
 def check_boxes(boxes: Float[np.ndarray, "B R 4"] | Float[Array, "B R 4"], regions: int = len(REGIONS)) -> None:
     """Raises `ValueError` for boxes that are none, naming the first: not finite, empty, or not inside the image.
 
+    Of boxes that are traced only the shape is known.
+
     Args:
         boxes: `(left, top, right, bottom)` as shares of the image's width and height.
         regions: how many an image must have.
     """
-    boxes = np.asarray(boxes)
     if boxes.ndim != 3 or boxes.shape[1:] != (regions, 4):
         raise ValueError(f"boxes must be (batch, {regions}, 4), got {boxes.shape}")
+    if isinstance(boxes, jax.core.Tracer):
+        return
+    boxes = np.asarray(boxes)
     left, top, right, bottom = np.moveaxis(boxes, -1, 0)
     inside = (left >= 0) & (top >= 0) & (right <= 1) & (bottom <= 1)
     wrong = ~(inside & (left < right) & (top < bottom))

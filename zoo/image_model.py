@@ -1,7 +1,7 @@
 """What all image models share: their fields, their shape from stem to head, the image sizes that they take."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -69,6 +69,10 @@ class ImageModel(nn.Module):
     def least_size(self) -> tuple[int, int]:
         """The smallest height and width that the model takes."""
         return self.size_multiple
+
+    def join_losses(self, losses: Sequence[Float[Array, ""]]) -> Float[Array, ""]:
+        """One loss of those of the heads that the model has in training: their mean."""
+        return sum(losses) / len(losses)
 
     def drop_path_rates(self) -> list[float]:
         """The rate of every block, in order, growing linearly from 0."""
