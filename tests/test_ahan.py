@@ -578,6 +578,8 @@ def test_layers():
         (dict(scales=(1, 3)), "scales must divide region_cells=4, got 3"),
         (dict(cross_heads=3), "cross_heads must divide dim=16 or be None, got 3"),
         (dict(pair_probability=1.5), "pair_probability must be from 0 to 1, got 1.5"),
+        (dict(scales=()), "scales must name at least one"),
+        (dict(region_cells=0), "region_cells must be at least 1, got 0"),
         (dict(pair_layers=(2, 4)), r"of the layers 1 to 2, got \(2, 4\)"),
         (dict(stream_stage=1), "stream_stage must be one of 1 stages, got 1"),
     ],

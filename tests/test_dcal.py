@@ -11,6 +11,7 @@ import pytest
 import zoo
 from kernels.cost import cost
 from kernels.cross import attention_rollout
+from train import tasks
 from zoo import registry
 from zoo.backbone import with_backbone
 from zoo.dcal import dynamic_loss
@@ -159,7 +160,7 @@ def test_all_patches_asking_are_a_plain_block():
     plain = block.apply({"params": variables["params"]["global_local"]["block"]}, tokens[-1], False)
     close(features[:, 1], plain[:, 0])
     close(features[:, 0], tokens[-1][:, 0])
-    # Fewer patches still give the class token the same answer: it asks for itself.
+    # As `glca_token` says: with fewer patches the class token gets the same answer, it asks for itself.
     some = jax.jit(functools.partial(tiny().apply, method="forward_features"))(variables, images())
     close(some, features)
     maps = zoo.attention_maps(tiny(), variables, images())
@@ -168,6 +169,43 @@ def test_all_patches_asking_are_a_plain_block():
     close(found.scores.reshape(3, 16), scores)
     np.testing.assert_array_equal(found.selected, np.argsort(-np.asarray(scores), axis=1)[:, :4])
     np.testing.assert_array_equal(found.places() @ [4, 1], found.selected)
+
+
+def test_the_mean_of_those_that_asked():
+    """With it the selection counts: it is the mean over the rows of a plain block that were selected."""
+    model = tiny(glca_token="mean")
+    variables = init(model)
+    features, tokens = jax.jit(
+        lambda v: (
+            model.apply(v, images(), method="forward_features"),
+            model.apply(v, images(), method="forward_tokens")[-1],
+        )
+    )(variables)
+    block = Block(num_heads=2, grid=(4, 4))
+    plain = block.apply({"params": variables["params"]["global_local"]["block"]}, tokens, False)
+    chosen = zoo.attention_maps(model, variables, images())["global_local"].selected
+    rows = np.concatenate([np.zeros((3, 1), int), 1 + np.asarray(chosen)], 1)
+    close(features[:, 1], np.take_along_axis(np.asarray(plain), rows[..., None], 1).mean(1))
+    with pytest.raises(ValueError, match="unknown glca_token 'all'"):
+        tiny(glca_token="all")
+
+
+def test_training_moves_the_weights_of_the_losses():
+    """The task's loss is the dynamic one of its branches, whose weights learn with the model."""
+    model, variables = tiny(), init(tiny())
+    task = tasks.Classify(num_classes=5, mean=(0.0,), std=(1.0,))
+    batch = {"image": images(), "target": jax.nn.one_hot(jnp.arange(3), 5), "label": jnp.arange(3)}
+
+    @jax.jit
+    def run(params):
+        return jax.value_and_grad(lambda p: task.loss(model, {"params": p}, batch, KEY["dropout"])[0])(params)
+
+    loss, gradient = run(variables["params"])
+    branches = jax.jit(lambda v: model.apply(v, images(), True, rngs=KEY))(variables)
+    losses = [-(jax.nn.log_softmax(branch) * batch["target"]).sum(1).mean() for branch in branches]
+    weights = variables["params"]["loss_weights"]
+    close(loss, 0.5 * sum(np.exp(-w) * each + w for w, each in zip(weights, losses)))
+    close(gradient["loss_weights"], [0.5 * (1 - np.exp(-w) * each) for w, each in zip(weights, losses)])
 
 
 def test_two_rules_of_inference():

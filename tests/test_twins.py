@@ -108,6 +108,8 @@ def test_pictures_differ_by_nuisance_alone():
         (dict(size=8), "size=8: at least 16"),
         (dict(singles=-1), "singles=-1: at least 0"),
         (dict(nuisance=-1), "nuisance=-1: at least 0"),
+        (dict(pairs=2.5), "pairs=2.5: a whole number"),
+        (dict(dificulty=0.5), "the drawn twins have no option 'dificulty'; did you mean 'difficulty'"),
     ],
 )
 def test_errors_of_options(options, message):
@@ -140,6 +142,8 @@ def test_validation_and_test_as_one():
         np.testing.assert_array_equal(example["image"], part.read(place)["image"])
         assert example["label"] == both.labels[index] == part.labels[place] + first
         assert example["validation"] == (index < 10)
+    with pytest.raises(ValueError, match="'train.validation.test' joins 3 splits; it takes A, or A.B"):
+        small("train+validation+test")
     with pytest.raises(ValueError, match="7 people are both in the drawn twins test and in the drawn twins test, such"):
         small("test+test")
     with pytest.raises(ValueError, match="images of shape .24, 24, 3., the drawn twins test of shape .32, 32, 3."):
@@ -181,7 +185,7 @@ def test_folder(folder):
     assert dataset.read(4)["image"][0, 0].tolist() == [1, 1, 1] and dataset.read(4)["twin"] == 2
     again = faces.open_faces("people", split="train", path=root)
     assert again.fingerprint == dataset.fingerprint
-    (root / "pairs.csv").write_text("Identity, Twin, hard\nbea,ann,1\n\nann,bea,1\n")
+    (root / "pairs.csv").write_text("\ufeffIdentity, Twin, hard\nbea,ann,1\n\nann,bea,1\n")
     hard = faces.open_faces("people", split="train", path=root)
     np.testing.assert_array_equal(hard.hard, [False, True, True])
     assert hard.fingerprint != dataset.fingerprint

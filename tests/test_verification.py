@@ -200,6 +200,44 @@ def test_score_and_summary():
         assert other.threshold == scored[kind].threshold
 
 
+def test_contrast_is_paired():
+    """The difference of means over models, its interval from one bootstrap of the families for both sides."""
+    embeddings, labels, twins, hard = faces(people=24)
+    validation, rng = labels < 12, np.random.default_rng(5)
+    blurred = [embeddings + level * rng.standard_normal(embeddings.shape) for level in (0.0, 0.3, 0.6, 0.9)]
+    scored = [metrics.score(each, labels, twins, hard, validation) for each in blurred]
+    found = metrics.contrast(scored[:2], scored[2:], replicates=30, seed=4)
+    for kind, values in found.items():
+        pairs = scored[0][kind].pairs
+
+        def accuracy(one, weights, pairs=pairs):
+            right = (one.scores >= one.threshold) == pairs.genuine
+            return np.mean([np.average(right[side], weights=weights[side]) for side in (pairs.genuine, ~pairs.genuine)])
+
+        def difference(weights, kind=kind):
+            by_model = [accuracy(each[kind], weights) for each in scored]
+            return np.mean(by_model[:2]) - np.mean(by_model[2:])
+
+        assert values["difference"] == pytest.approx(difference(np.ones(len(pairs))))
+        names, place = np.unique(pairs.families, return_inverse=True)
+        place, samples = place.reshape(-1, 2), []
+        if len(names) == 1:
+            assert "low" not in values
+            continue
+        generator = np.random.Generator(np.random.PCG64(4))
+        for times in generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=30):
+            first, second = times[place[:, 0]], times[place[:, 1]]
+            weights = np.where(place[:, 0] == place[:, 1], first, first * second)
+            if weights[pairs.genuine].any() and weights[~pairs.genuine].any():
+                samples.append(difference(weights))
+        assert [values["low"], values["high"]] == pytest.approx(np.quantile(samples, [0.025, 0.975]).tolist())
+    same = metrics.contrast(scored[:1], scored[:1], replicates=10)
+    assert all(set(values.values()) == {0.0} for values in same.values())
+    other = metrics.score(embeddings[::-1], labels[::-1], twins[::-1], hard[::-1], validation[::-1])
+    with pytest.raises(ValueError, match="general pairs of the models are not the same"):
+        metrics.contrast(scored[:1], [other])
+
+
 def test_score_errors():
     embeddings, labels, twins, hard = faces()
     single = np.arange(len(labels)) % 4 == 0

@@ -105,7 +105,7 @@ def test_scored_again(straight, tmp_path, capsys):
     assert {f"test_{name}": value for name, value in printed.items() if name != "step"} == {
         name: pytest.approx(value, abs=1e-6) for name, value in metrics.items()
     }
-    for name in ("roc", "scores", "faces"):
+    for name in ("roc", "scores", "faces", "maps"):
         with Image.open(tmp_path / "pictures" / f"{name}.png") as image:
             assert image.mode == "RGB" and image.width > 500 and len(np.unique(np.asarray(image))) > 10
 
@@ -134,6 +134,28 @@ def test_compared(tmp_path, capsys):
     low, high = (f"{100 * row[f'test_twin_accuracy_{end}']:.1f}%" for end in ("low", "high"))
     assert first.startswith("backbone,0") and f"% [{low}, {high}]" in first
     assert row["images"] == 64 and "tokens" not in row and "state" not in row
+
+
+def test_rows_are_contrasted(tmp_path, capsys):
+    """Of both rows on the same pairs, once from the checkpoints and once from what the rows say."""
+    command = ["--config", f"{CONFIG}:quick", "--workdir", str(tmp_path)]
+    assert compare.main([*command, *words(total_steps=1, optim__warmup_steps=0, eval_every=0)]) == 0
+    table, line = capsys.readouterr().out.rsplit("\n", 2)[:2]
+    found = json.loads(line)
+    for kind, values in found["contrasts"]["full - backbone"].items():
+        sides = (found[name][f"test_{kind}_accuracy"] for name in ("full", "backbone"))
+        assert values["difference"] == pytest.approx(np.subtract(*sides)), kind
+        # One pair is hard, which leaves nothing to draw from.
+        assert kind == "hard_twin" or values["low"] <= values["difference"] <= values["high"]
+    assert "full - backbone" in table and "accuracy, mean of seeds" in table
+
+
+def test_a_report_without_twins_or_maps(straight, tmp_path):
+    """A set of people who have no twin still has pictures."""
+    run = evaluate.score_faces(straight[0])
+    alone = dataclasses.replace(run.dataset, twins=np.full_like(run.dataset.twins, -1))
+    assert face_report.face_sheet(alone).height > 100
+    assert face_report.map_sheet(dataclasses.replace(run, dataset=alone), "no twins").width >= 1200
 
 
 def test_rows_of_the_table():
@@ -307,6 +329,8 @@ def test_starting_from_a_backbone(tmp_path):
     [
         (dict(data__eval_split="train"), "14 people are both in the drawn twins train and in the drawn twins train"),
         (dict(data__batch_size=128), "a batch wants 12 pairs of twins: there are 6; lower twin_share or batch_size"),
+        (dict(data__eval_split="test"), "drawn twins test cannot be scored: the validation part has no general pairs"),
+        (dict(data__options__eval_images=1), "cannot be scored: no pairs to verify: there must be a person of two"),
         (dict(data__name="digits"), "unknown data set 'digits' for verification"),
         (dict(model__overrides__features_only=True), "gives .*; verification needs embeddings, one per image"),
     ],

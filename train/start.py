@@ -8,6 +8,7 @@ import ml_collections
 import zoo
 from train.program import Program
 from train.step import TrainState
+from zoo import registry
 from zoo.backbone import with_backbone
 
 
@@ -34,8 +35,12 @@ def from_weights(program: Program, state: TrainState, config: ml_collections.Fro
         resize=config.model.resize,
         seed=config.seed,
     )
-    # Of the backbone's own fields the one that says how its blocks are counted.
-    fields |= {"depths": model.depths} if backbone else config.model.overrides
+    if backbone:
+        known = registry.family_of(registry.split_tag(backbone)[0]).module.__dataclass_fields__.keys()
+        own = known - {"name", "parent"} - set(fields)
+        fields |= {name: getattr(model, name) for name in own if hasattr(model, name)}
+    else:
+        fields |= config.model.overrides
     _, variables, report = zoo.load_pretrained(backbone or config.model.name, config.model.weights, **fields)
     if backbone:
         variables = with_backbone(state.variables(), variables)

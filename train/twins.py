@@ -50,10 +50,6 @@ class Twins:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, whole = getattr(self, field.name), field.type is int
-            right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-            need(right, f"{field.name}={value!r}", "a whole number" if whole else "a number")
         for name in ("pairs", "validation_pairs", "test_pairs", "images", "eval_images"):
             need(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1")
         for name in ("singles", "nuisance", "seed"):
@@ -83,10 +79,12 @@ def open_twins(*, split: str, **options: int | float) -> FaceSet:
     """
     if split not in SPLITS:
         raise splits.unknown_split(split, SPLITS, "the drawn twins")
-    known = [field.name for field in dataclasses.fields(Twins)]
-    for name in options:
+    known = {field.name: field.type for field in dataclasses.fields(Twins)}
+    for name, value in options.items():
         if name not in known:
             raise ValueError(f"the drawn twins have no option {name!r}{nearest(name, known)}")
+        right = isinstance(value, known[name]) and not isinstance(value, bool)
+        need(right, f"{name}={value!r}", "a whole number" if known[name] is int else "a number")
     settings = Twins(**options)
     pairs, singles, count = settings.families(split)
     images, hard = _drawn(settings, split)

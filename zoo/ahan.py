@@ -11,7 +11,7 @@ hand; what is certain is told by tags:
   of their own, a region's queries are averaged before scales are mixed, the fusion is one linear map.
 
 Sizes beside the ViT-B/16 at 224 x 224 (85.8 M parameters, 17.6 G MACs): the default adds 38.5 % of the parameters and
-21.6 % of the MACs, its twelve cross-attentions alone 33.0 % and 19.8 %; summaries report 33 % and 36 %, see
+21.6 % of the MACs, its twelve cross-attentions alone 33.0 % and 18.8 %; summaries report 33 % and 36 %, see
 `hca_layout`. `tests/test_ahan.py` has every layout in closed form.
 """
 
