@@ -224,7 +224,7 @@ def test_attention_alone(name):
     assert_gradients({**back(gradients), "input": np.asarray(by_input)}, record, FLOAT64_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ("biformer_tiny", *MODELS))
+@pytest.mark.parametrize("name", (pytest.param("biformer_tiny", marks=pytest.mark.slow), *MODELS))
 def test_round_trip_is_bit_equal(name, tmp_path):
     """Every scheme of names, both ways; the counters of training steps are not kept."""
     if name == "biformer_tiny":

@@ -89,19 +89,31 @@ def test_going_on_is_bit_equal(name, corpus, tmp_path, capsys):
     assert scored["test_loss"] == pytest.approx(result["test_loss"], rel=1e-6)
 
 
-def test_a_table_is_trained_once(tmp_path, capsys, corpus):
-    name = "configs/recall.py:mqar,moneta"
-    arguments = ["--config", "configs/recall.py:mqar", "--workdir", str(tmp_path), "--only", "mqar,moneta"]
-    arguments += words(name, corpus)
+# Two blocks of two heads, six convolutions of three taps behind, the position. Linear attention has a matrix of 8 x 8 a
+# head, Moneta an MLP of 8 -> 32 -> 8, twice (anchor and running), and the place in the chunk.
+@pytest.mark.parametrize(
+    ("mixer", "sizes", "state"),
+    [
+        ("linear_attention", TINY, 2 * (2 * 8 * 8 + 3 * 3 * 16) + 1),
+        pytest.param("moneta", MEMORY, 2 * (2 * 2 * (2 * 8 * 32) + 3 * 3 * 16 + 1) + 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_table_is_trained_once(tmp_path, capsys, mixer, sizes, state):
+    values = COMMON | RECALL | sizes
+    arguments = ["--config", "configs/recall.py:mqar", "--workdir", str(tmp_path), "--only", f"mqar,{mixer}"]
+    arguments += [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
     assert compare.main(arguments) == 0
     first = capsys.readouterr()
     *lines, last = first.out.splitlines()
     (row,) = json.loads(last).values()
-    assert row["tokens"] == 6 * 8 * 16 and row["model"] == "moneta_nano" and row["step"] == 6
-    # Two blocks of two heads with an MLP of 8 -> 32 -> 8, twice (anchor and running), six convolutions of three taps
-    # behind, the place in the chunk of each block, the position.
-    assert row["state"] == 2 * (2 * 2 * (2 * 8 * 32) + 3 * 3 * 16 + 1) + 1
-    assert lines[1].split()[0] == "mqar,moneta" and lines[0].split()[:4] == ["parameters", "state", "tokens", "seconds"]
+    assert row["tokens"] == 6 * 8 * 16 and row["model"] == f"{mixer}_nano" and row["step"] == 6
+    assert row["state"] == state
+    assert lines[1].split()[0] == f"mqar,{mixer}" and lines[0].split()[:4] == [
+        "parameters",
+        "state",
+        "tokens",
+        "seconds",
+    ]
     assert compare.main(arguments) == 0
     second = capsys.readouterr()
     assert second.out == first.out and "step" not in second.err
