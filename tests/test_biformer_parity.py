@@ -156,7 +156,6 @@ def cases(*quick):
     cases(
         ("auto_pad", "225x257", False),
         ("codes", "224x112", True),
-        ("stl", "112x112", False),
         ("stl_nchw", "157x120", False),
     ),
 )
@@ -242,6 +241,7 @@ def test_round_trip_is_bit_equal(name, tmp_path):
         np.testing.assert_array_equal(saved[key], value, err_msg=key)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_the_authors_training():
     """Their files hold the weights under `model`, and averages that the authors do not evaluate."""
     record, weights, model, variables, _ = tiny()

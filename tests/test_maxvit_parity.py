@@ -91,6 +91,7 @@ def test_windows_that_are_not_square():
     assert_outputs(model, variables, record, "32x24", LOGITS_TOLERANCE, FEATURES_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_float64(tmp_path):
     """In double precision only rounding is left of the difference: the arithmetic is the reference's."""
     with jax.enable_x64(True):

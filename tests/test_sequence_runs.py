@@ -61,12 +61,8 @@ def train(name, corpus, workdir, **values):
     return loop.train(loop.prepare(config_lib.load(name, words(name, corpus, **values)), str(workdir)))
 
 
-QUICK = ("configs/raster.py:routing_transformer_image_nano",)
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_going_on_is_bit_equal(name, corpus, tmp_path, capsys):
     """Parameters, optimizer, centroids and the order of the data; the metrics are those of an unbroken run."""
     straight, cut = tmp_path / "straight", tmp_path / "cut"
@@ -91,11 +87,12 @@ def test_going_on_is_bit_equal(name, corpus, tmp_path, capsys):
 
 # Two blocks of two heads, six convolutions of three taps behind, the position. Linear attention has a matrix of 8 x 8 a
 # head, Moneta an MLP of 8 -> 32 -> 8, twice (anchor and running), and the place in the chunk.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixer", "sizes", "state"),
     [
         ("linear_attention", TINY, 2 * (2 * 8 * 8 + 3 * 3 * 16) + 1),
-        pytest.param("moneta", MEMORY, 2 * (2 * 2 * (2 * 8 * 32) + 3 * 3 * 16 + 1) + 1, marks=pytest.mark.slow),
+        ("moneta", MEMORY, 2 * (2 * 2 * (2 * 8 * 32) + 3 * 3 * 16 + 1) + 1),
     ],
 )
 def test_a_table_is_trained_once(tmp_path, capsys, mixer, sizes, state):
