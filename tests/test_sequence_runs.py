@@ -50,11 +50,15 @@ def corpus(tmp_path_factory):
     return directory
 
 
+def flags(values):
+    return [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
+
+
 def words(name, corpus, **values):
     values = COMMON | RUNS[name] | values
     if values.get("data__name") == "files":
         values["data__path"] = corpus
-    return [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
+    return flags(values)
 
 
 def train(name, corpus, workdir, **values):
@@ -96,21 +100,16 @@ def test_going_on_is_bit_equal(name, corpus, tmp_path, capsys):
     ],
 )
 def test_a_table_is_trained_once(tmp_path, capsys, mixer, sizes, state):
-    values = COMMON | RECALL | sizes
     arguments = ["--config", "configs/recall.py:mqar", "--workdir", str(tmp_path), "--only", f"mqar,{mixer}"]
-    arguments += [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
+    arguments += flags(COMMON | RECALL | sizes)
     assert compare.main(arguments) == 0
     first = capsys.readouterr()
     *lines, last = first.out.splitlines()
     (row,) = json.loads(last).values()
     assert row["tokens"] == 6 * 8 * 16 and row["model"] == f"{mixer}_nano" and row["step"] == 6
     assert row["state"] == state
-    assert lines[1].split()[0] == f"mqar,{mixer}" and lines[0].split()[:4] == [
-        "parameters",
-        "state",
-        "tokens",
-        "seconds",
-    ]
+    head, line = lines
+    assert line.split()[0] == f"mqar,{mixer}" and head.split()[:4] == ["parameters", "state", "tokens", "seconds"]
     assert compare.main(arguments) == 0
     second = capsys.readouterr()
     assert second.out == first.out and "step" not in second.err
