@@ -32,10 +32,8 @@ PATTERNS = {
 
 
 def small(pattern, **fields):
-    kind = MirasModel if set(pattern) & set("MYE") else LanguageModel
-    model = kind(
-        **{**SMALL, "mixers": pattern, **(MEMORY if kind is MirasModel else {}), **PATTERNS.get(pattern, {}), **fields}
-    )
+    kind, own = (MirasModel, MEMORY) if set(pattern) & set("MYE") else (LanguageModel, {})
+    model = kind(**{**SMALL, "mixers": pattern, **own, **PATTERNS.get(pattern, {}), **fields})
     model.check()
     return model
 
@@ -71,9 +69,8 @@ def rows(batch=2, length=LENGTH, vocabulary=VOCABULARY):
 @functools.cache
 def encoder_decoder():
     """Fields of an encoder-decoder, the model, and variables."""
-    fields = dict(TINY, mlp_hidden=None) | dict(vocab_size=12, source_vocab_size=12, length=8, source_length=8)
-    del fields["mlp_hidden"], fields["num_heads"]
-    fields |= dict(hidden=32, depth=1, encoder_depth=1, local_heads=1, routing_heads=1, block=4, clusters=2, window=3)
+    fields = dict(vocab_size=12, source_vocab_size=12, length=8, source_length=8, width=32, hidden=32)
+    fields |= dict(depth=1, encoder_depth=1, local_heads=1, routing_heads=1, block=4, clusters=2, window=3)
     model = zoo.create_model("routing_transformer_seq2seq_nano", **fields)
     return fields, model, random_variables(model)
 

@@ -14,7 +14,6 @@ from tests.parity import assert_features, assert_gradients, backward, forward, p
 from tests.reference.weights import pseudo_images, pseudo_normal
 
 CASES = (("care_s0", "224x224"), ("care_s0", "96x64"), ("care_s0", "225x97"), ("care_s2", "96x64"))
-QUICK = ("care_s0", "225x97")
 # Reached in float32: logits within 2e-6, features within 1e-6.
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE, FLOAT64_TOLERANCE = 1e-5, 2e-4, 1e-9
 
@@ -35,11 +34,8 @@ def mean_of_heads(record: dict[str, np.ndarray]) -> np.ndarray:
     return (record["head"] + record["dist_head"]) / 2
 
 
-def slow_but(quick, cases):
-    return [pytest.param(*case, marks=() if case == quick else pytest.mark.slow) for case in cases]
-
-
-@pytest.mark.parametrize(("variant", "size"), slow_but(QUICK, CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "size"), CASES)
 def test_logits_and_features(variant, size):
     record, _, model, variables, _ = loaded(variant)
     record = part(record, f"{size}/")
@@ -170,7 +166,8 @@ def sine_weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
     return weights
 
 
-@pytest.mark.parametrize(("variant", "size"), slow_but(("care_s0", "96x64"), GOLDEN))
+@pytest.mark.slow
+@pytest.mark.parametrize(("variant", "size"), GOLDEN)
 def test_golden_table(variant, size):
     shapes = json.loads(str(reference(f"{variant}_official")[0]["shapes"]))
     for head in ("head", "dist_head"):

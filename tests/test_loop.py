@@ -79,7 +79,8 @@ def assert_same_as(straight, workdir, result) -> None:
     chex.assert_trees_all_equal(arrays(workdir, 12), arrays(other, 12))
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 12])
 def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, kills):
     draw = random.Random(kills)
     workdir = tmp_path / "killed"
@@ -114,6 +115,7 @@ def test_going_on_from_a_step_is_bit_equal(straight, tmp_path, step, capsys):
     assert_same_as(straight, workdir, result)
 
 
+@pytest.mark.slow
 def test_going_on_with_other_devices_and_for_longer(straight, tmp_path):
     """Only what `RESUMABLE` lists: the state is restored to the bit and placed as the new mesh wants it."""
     workdir = tmp_path / "other"

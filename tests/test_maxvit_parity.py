@@ -91,6 +91,7 @@ def test_windows_that_are_not_square():
     assert_outputs(model, variables, record, "32x24", LOGITS_TOLERANCE, FEATURES_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_float64(tmp_path):
     """In double precision only rounding is left of the difference: the arithmetic is the reference's."""
     with jax.enable_x64(True):
@@ -100,11 +101,12 @@ def test_float64(tmp_path):
         assert_all_gradients(model, variables, record, "32x24", FLOAT64_TOLERANCE, tmp_path / "g.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("record", "name", "fields"),
     [
         ("maxvit_rw_timm", "maxvit_tiny_rw_224", dict()),
-        pytest.param("maxvit_rmlp_timm", "maxvit_rmlp_small_rw_224", dict(hidden_head=True), marks=pytest.mark.slow),
+        ("maxvit_rmlp_timm", "maxvit_rmlp_small_rw_224", dict(hidden_head=True)),
     ],
 )
 def test_the_design_of_timm(record, name, fields, tmp_path):

@@ -50,23 +50,23 @@ def corpus(tmp_path_factory):
     return directory
 
 
+def flags(values):
+    return [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
+
+
 def words(name, corpus, **values):
     values = COMMON | RUNS[name] | values
     if values.get("data__name") == "files":
         values["data__path"] = corpus
-    return [f"--config.{key.replace('__', '.')}={value}" for key, value in values.items()]
+    return flags(values)
 
 
 def train(name, corpus, workdir, **values):
     return loop.train(loop.prepare(config_lib.load(name, words(name, corpus, **values)), str(workdir)))
 
 
-QUICK = ("configs/raster.py:routing_transformer_image_nano",)
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_going_on_is_bit_equal(name, corpus, tmp_path, capsys):
     """Parameters, optimizer, centroids and the order of the data; the metrics are those of an unbroken run."""
     straight, cut = tmp_path / "straight", tmp_path / "cut"
@@ -89,19 +89,27 @@ def test_going_on_is_bit_equal(name, corpus, tmp_path, capsys):
     assert scored["test_loss"] == pytest.approx(result["test_loss"], rel=1e-6)
 
 
-def test_a_table_is_trained_once(tmp_path, capsys, corpus):
-    name = "configs/recall.py:mqar,moneta"
-    arguments = ["--config", "configs/recall.py:mqar", "--workdir", str(tmp_path), "--only", "mqar,moneta"]
-    arguments += words(name, corpus)
+# Two blocks of two heads, six convolutions of three taps behind, the position. Linear attention has a matrix of 8 x 8 a
+# head, Moneta an MLP of 8 -> 32 -> 8, twice (anchor and running), and the place in the chunk.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mixer", "sizes", "state"),
+    [
+        ("linear_attention", TINY, 2 * (2 * 8 * 8 + 3 * 3 * 16) + 1),
+        ("moneta", MEMORY, 2 * (2 * 2 * (2 * 8 * 32) + 3 * 3 * 16 + 1) + 1),
+    ],
+)
+def test_a_table_is_trained_once(tmp_path, capsys, mixer, sizes, state):
+    arguments = ["--config", "configs/recall.py:mqar", "--workdir", str(tmp_path), "--only", f"mqar,{mixer}"]
+    arguments += flags(COMMON | RECALL | sizes)
     assert compare.main(arguments) == 0
     first = capsys.readouterr()
     *lines, last = first.out.splitlines()
     (row,) = json.loads(last).values()
-    assert row["tokens"] == 6 * 8 * 16 and row["model"] == "moneta_nano" and row["step"] == 6
-    # Two blocks of two heads with an MLP of 8 -> 32 -> 8, twice (anchor and running), six convolutions of three taps
-    # behind, the place in the chunk of each block, the position.
-    assert row["state"] == 2 * (2 * 2 * (2 * 8 * 32) + 3 * 3 * 16 + 1) + 1
-    assert lines[1].split()[0] == "mqar,moneta" and lines[0].split()[:4] == ["parameters", "state", "tokens", "seconds"]
+    assert row["tokens"] == 6 * 8 * 16 and row["model"] == f"{mixer}_nano" and row["step"] == 6
+    assert row["state"] == state
+    head, line = lines
+    assert line.split()[0] == f"mqar,{mixer}" and head.split()[:4] == ["parameters", "state", "tokens", "seconds"]
     assert compare.main(arguments) == 0
     second = capsys.readouterr()
     assert second.out == first.out and "step" not in second.err

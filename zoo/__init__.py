@@ -1,7 +1,7 @@
 """Attention models for JAX: build one by name, load its published weights, look inside."""
 
 # Importing a family registers it.
-from zoo import ahan, biformer, care, davit, dcal, maxvit, routing_transformer, sequence, vit  # noqa: F401
+from zoo import ahan, biformer, care, davit, dcal, maxvit, routing_transformer, sequence, vit
 from zoo.cards import model_card
 from zoo.conversion import convert
 from zoo.errors import WeightsError
@@ -16,19 +16,28 @@ from zoo.watch import attention_maps
 
 __all__ = [
     "WeightsError",
+    "ahan",
     "attention_maps",
+    "biformer",
+    "care",
     "convert",
     "create_model",
+    "davit",
+    "dcal",
     "forward_intermediates",
     "generate",
     "list_models",
     "load_classifier",
     "load_language_model",
     "load_pretrained",
+    "maxvit",
     "model_card",
     "model_info",
     "predict",
     "pretrained_cfg",
+    "routing_transformer",
     "save_pretrained",
+    "sequence",
     "verify",
+    "vit",
 ]
