@@ -10,7 +10,7 @@ writers that training never sees, choose the natural split, `configs/digits.py:d
 
 import ml_collections
 
-MODELS = ("davit_nano", "maxvit_nano", "biformer_nano", "care_nano", "vit_nano")
+MODELS = ("davit_nano", "maxvit_nano", "biformer_nano", "care_nano", "vit_nano", "dcal_nano")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:

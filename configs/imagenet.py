@@ -1,4 +1,4 @@
-"""ImageNet-1k by each paper's recipe; the argument is any image model of the zoo.
+"""ImageNet-1k by each paper's recipe; the argument is any image model of the zoo but AHAN, which is for faces.
 
     python -m train --config configs/imagenet.py:davit_tiny --workdir gs://bucket/davit_tiny \\
         --config.data.path=gs://bucket/tfds
@@ -16,6 +16,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Settings for the model `arg` (default: davit_tiny)."""
     name = arg or "davit_tiny"
     family, _, variant = name.partition("_")
+    if family == "ahan":
+        raise ValueError(f"no ImageNet recipe for {name!r}, which verifies faces: see configs/twins.py")
     config = RECIPES.get(family, _davit)(variant)
     config.model.name = name
     return config
@@ -134,16 +136,15 @@ def _maxvit(variant: str) -> ml_collections.ConfigDict:
 
 
 def _vit(variant: str) -> ml_collections.ConfigDict:
-    """DeiT's train script (github.com/facebookresearch/deit) for all sizes and DeiT III too, at 224 pixels.
+    """DeiT's train script (github.com/facebookresearch/deit) for all sizes, DeiT III and DCAL too, at 224 pixels.
 
     It distils from RegNetY-16GF, which is no model of this zoo: --config.distill.teacher=NAME names another one.
     """
     config = _deit(1024, warmup_epochs=5)
     config.model.overrides = dict(drop_path_rate=0.1)
-    # Of weights that were made for another size, as their own code resamples them.
     config.data.repeats = 3
     config.optim.update(lr=1e-3, no_decay=(".*pos_embed",))
     return config
 
 
-RECIPES = dict(davit=_davit, maxvit=_maxvit, biformer=_biformer, care=_care, vit=_vit, deit=_vit, deit3=_vit)
+RECIPES = dict(davit=_davit, maxvit=_maxvit, biformer=_biformer, care=_care, vit=_vit, deit=_vit, deit3=_vit, dcal=_vit)

@@ -50,9 +50,6 @@ def train(workdir, row="full", **values):
     return loop.train(loop.prepare(config_lib.load(f"{CONFIG}:{row}", words(**values)), str(workdir)))
 
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "straight"

@@ -205,11 +205,11 @@ def _points(roc: Roc, box: tuple[int, int, int, int]) -> list[tuple[float, float
 def _steps(shares: Float[np.ndarray, " n"], box: tuple[int, int, int, int]) -> list[tuple[float, float]]:
     """The outline of a histogram whose tallest bar is 1 or less."""
     left, top, width, height = box
-    corners = [(left, top + height)]
+    corners = [(float(left), float(top + height))]
     for place, share in enumerate(shares.tolist()):
         y = top + (1 - share) * height
         corners += [(left + width * place / len(shares), y), (left + width * (place + 1) / len(shares), y)]
-    return [*corners, (left + width, top + height)]
+    return [*corners, (float(left + width), float(top + height))]
 
 
 def _page(title: str, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
