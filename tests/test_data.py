@@ -215,15 +215,15 @@ def test_a_worker_that_dies_is_noticed():
 
 
 def test_closing_ends_the_threads():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     batches = data.train_iterator(array_dataset(9), batch_size=3, seed=0, transform=data_transforms.draws)
     next(batches)
-    assert threading.active_count() > before
+    started = set(threading.enumerate()) - before
+    assert started
     batches.close()
-    deadline = time.monotonic() + 60
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    for thread in started:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
 
 
 PROGRAM = """

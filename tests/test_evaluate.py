@@ -15,12 +15,11 @@ from train import config as config_lib
 from train import evaluate, loop, sources, tasks
 from zoo import preprocess
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 TINY = dict(depths=(1,), dims=(8,), num_heads=(2,), in_chans=1)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, compiled_once):
+def finished(tmp_path_factory):
     """A run of a few steps and what it said at its end."""
     workdir = tmp_path_factory.mktemp("evaluate") / "run"
     return workdir, loop.train(loop.prepare(config_lib.load(runs.CONFIG, runs.overrides()), str(workdir)))

@@ -34,9 +34,6 @@ def arrays(workdir, step: int):
     return jax.tree.map(np.asarray, read_state(workdir / "checkpoints", step)[1])
 
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run without interruption: its workdir and what it returned."""

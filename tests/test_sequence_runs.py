@@ -12,8 +12,6 @@ from train import compare, evaluate, loop
 from train import config as config_lib
 from train.checkpoint import read_state
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 COMMON = dict(
     total_steps=6,
     log_every=1,
