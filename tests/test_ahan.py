@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -541,18 +542,20 @@ def test_bfloat16_is_near_float32():
     expected = inference(tiny())(init(tiny()), images())
     logits = inference(tiny(dtype=jnp.bfloat16))(init(tiny()), images())
     assert logits.dtype == jnp.bfloat16
-    np.testing.assert_allclose(logits.astype(jnp.float32), expected, atol=4)
+    np.testing.assert_allclose(logits.astype(jnp.float32), expected, atol=1)
 
 
 def test_rematerialization_takes_twins():
     def gradient(remat):
         model = plain(pair_probability=1.0, remat=remat)
         run = features(model)
-        return jax.make_jaxpr(jax.grad(lambda v: run(v, images(), jnp.asarray([1, 0, 2]), jax.random.key(0)).sum()))(
-            init(model)
-        )
+        return jax.grad(lambda v: jnp.square(run(v, x, twins, jax.random.key(0))).sum())
 
-    assert "remat" in str(gradient("full")) and "remat" not in str(gradient("none"))
+    x, twins = images(), jnp.asarray([1, 0, 2])
+    variables = init(plain(pair_probability=1.0))
+    programs = [str(jax.make_jaxpr(gradient(remat))(variables)) for remat in ("full", "none")]
+    assert ["remat" in program for program in programs] == [True, False]
+    chex.assert_trees_all_close(gradient("full")(variables), gradient("none")(variables), rtol=1e-4, atol=1e-4)
 
 
 def test_features_only():

@@ -43,10 +43,10 @@ BLOTS, LEAST_BLOT, GREATEST_BLOT = 6, (0.0, -0.5, 0.06, -0.14), (0.55, 0.8, 0.16
 
 # Private: moles and scars, in so many of the places, each of which is there left and right. A place is a box from
 # (u, v) to (u, v) within the face and away from eyes, nostrils and mouth.
-MARKS, MARK_SIZE, MARK_DEPTH = 4, (0.045, 0.075), (0.3, 0.5)
+MARKS, MARK_SIZE, MARK_DEPTH = 4, (0.045, 0.075), (0.6, 1.0)
 PLACES = ((0.1, -0.46, 0.42, -0.38), (0.22, 0.12, 0.5, 0.4), (0.32, 0.4, 0.46, 0.6), (0.08, 0.74, 0.3, 0.84))
 # Private: how much brow height, eye opening and mouth corners may differ from one side to the other.
-ASYMMETRY = (0.06, 0.24, 0.06)
+ASYMMETRY = (0.12, 0.48, 0.12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,20 +84,20 @@ class Person:
 # the image's side, `light_x` and `light_y` slopes of brightness over it, `gain` is brightness, `warmth` red against
 # blue.
 REACH = {
-    "turn": 0.5,
-    "nod": 0.3,
-    "tilt": 0.12,
-    "zoom": 0.06,
-    "shift_x": 0.05,
-    "shift_y": 0.05,
-    "light_x": 0.3,
-    "light_y": 0.2,
-    "gain": 0.2,
-    "warmth": 0.06,
-    "smile": 1.0,
+    "turn": 0.25,
+    "nod": 0.15,
+    "tilt": 0.06,
+    "zoom": 0.03,
+    "shift_x": 0.025,
+    "shift_y": 0.025,
+    "light_x": 0.15,
+    "light_y": 0.1,
+    "gain": 0.1,
+    "warmth": 0.03,
+    "smile": 0.5,
 }
 # Upper ends: standard deviation of the blur in pixels at a side of 48, and of the noise of pixels from 0 to 1.
-BLUR, NOISE = 0.8, 0.03
+BLUR, NOISE = 0.4, 0.015
 GROUND = (0.2, 0.8)
 
 

@@ -26,6 +26,8 @@ from train.verification_metrics import pairs_to_verify
 # Steps dispatched ahead of the device: enough to hide the host, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
 CONFIG_FILE = "config.json"
+# Of an evaluation, what is for metrics.jsonl alone: ends of intervals, numbers of pairs, thresholds.
+DETAILS = ("_low", "_high", "_pairs", "_threshold")
 
 
 class TrainingError(RuntimeError):
@@ -171,7 +173,7 @@ def train(run: Run) -> dict[str, Any]:
             if scored:
                 evaluated = _evaluate(run, state, bar)
                 writer.write(step, {f"eval/{name}": value for name, value in evaluated.items()})
-                bar.report(step, evaluated)
+                bar.report(step, {k: v for k, v in evaluated.items() if not k.endswith(DETAILS)})
             if save:
                 writer.flush()
                 bar.phase("saving")

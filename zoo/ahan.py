@@ -291,13 +291,13 @@ class CosineHead(nn.Module):
 
 VARIANTS = {
     "ahan_vit_b16": dict(),
-    # Ours, for images of 48 x 48 pixels: 64 patches of 6 x 6.
+    # Ours, for images of 48 x 48 pixels: 36 patches of 8 x 8.
     "ahan_nano": dict(
         image_size=48,
         depths=(4,),
         dim=64,
         num_heads=4,
-        patch=6,
+        patch=8,
         embedding_dim=64,
         region_cells=4,
         pair_layers=(2, 3),
