@@ -8,8 +8,8 @@ The argument is one of `ROWS` and may go on with a seed, "full,1", of the model 
 it is "published", what is known of the paper's recipe, for a folder of people as `train.faces` describes it.
 `test_general_accuracy` is that of pairs of people who are no twins, `test_twin_accuracy` that of twins and
 `test_hard_twin_accuracy` that of the third of them who look most alike, each at the threshold that is best for
-validation people, with confidence intervals over families. How much twins differ by default was set by what the backbone
-alone reaches, and so were the optimizer and its learning rate; no other row had been scored on these faces by then.
+validation people, with confidence intervals over families. How much twins differ by default was set by what the
+backbone alone reaches, and so were the optimizer and its learning rate, before any other row was scored on them.
 """
 
 import ml_collections

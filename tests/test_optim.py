@@ -127,10 +127,24 @@ def test_muon_is_its_authors_algorithm(shape):
     np.testing.assert_allclose(params["kernel"], x, rtol=1e-6, atol=1e-8)
 
 
+def test_muon_moves_a_stack_of_matrices_one_by_one():
+    random = np.random.default_rng(0)
+    stack, grads = (random.normal(size=(3, 4, 6)).astype(np.float32) for _ in range(2))
+
+    def step(kernel, gradient):
+        optimizer, _ = optim.make(settings(name="muon"), 10, {"kernel": kernel})
+        return optimizer.update({"kernel": gradient}, optimizer.init({"kernel": kernel}), {"kernel": kernel})[0][
+            "kernel"
+        ]
+
+    alone = [step(jnp.asarray(kernel), jnp.asarray(gradient)) for kernel, gradient in zip(stack, grads)]
+    np.testing.assert_allclose(step(jnp.asarray(stack), jnp.asarray(grads)), alone, rtol=1e-4, atol=1e-6)
+
+
 def test_muon_leaves_heads_embeddings_and_vectors_to_adam():
     params = {
         "embed": {"embedding": jnp.ones((3, 4))},
-        "block": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4), "conv": {"kernel": jnp.ones((2, 2, 4))}},
+        "block": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4), "conv": {"kernel": jnp.ones((2, 2, 1, 4))}},
         "head": {"kernel": jnp.ones((4, 3))},
     }
     random = np.random.default_rng(0)

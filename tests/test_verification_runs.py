@@ -25,7 +25,8 @@ CONFIG = "configs/twins.py"
 PEOPLE = dict(pairs=6, validation_pairs=3, test_pairs=4, singles=2, images=3, eval_images=3, size=24)
 SMALL = dict(
     **{f"data__options__{name}": value for name, value in PEOPLE.items()},
-    **{f"model__overrides__{name}": value for name, value in dict(dim=16, num_heads=2, embedding_dim=8).items()},
+    **{f"model__overrides__{name}": value for name, value in dict(dim=16, num_heads=2, patch=6).items()},
+    model__overrides__embedding_dim=8,
     model__overrides__depths="(2,)",
     model__overrides__pair_layers="(1,2)",
     data__batch_size=32,
@@ -112,7 +113,7 @@ def test_the_model_is_saved_without_the_people(straight):
         "ahan_nano",
         str(straight[0]),
         num_classes=0,
-        **dict(image_size=24, dim=16, num_heads=2, embedding_dim=8, depths=(2,), pair_layers=(1, 2)),
+        **dict(image_size=24, dim=16, num_heads=2, patch=6, embedding_dim=8, depths=(2,), pair_layers=(1, 2)),
     )
     saved = read_state(straight[0] / "checkpoints", 6)[1]
     chex.assert_trees_all_equal(variables["params"], saved["params"])

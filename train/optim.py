@@ -56,7 +56,8 @@ def make(
 
     Muon moves the kernels of two dimensions but those of heads (a part of their path begins with "head") by
     `0.2 * sqrt(max(shape))` times the orthogonal factor of their Nesterov momentum, which five Newton-Schulz
-    steps approximate; a kernel that makes query, key and value at once is one matrix. Adam moves all others.
+    steps approximate; a kernel that makes query, key and value at once is one matrix, one of three dimensions is a
+    stack of matrices, one for every group. Adam moves all others.
     Source: Jordan et al., https://kellerjordan.github.io/posts/muon; the scale: arXiv:2502.16982, section 2.2.
 
     The state is a tree of tuples: int32 counts, Muon's three coefficients, and trees of the structure, shapes and
@@ -100,13 +101,13 @@ def _muon(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     def mover(path, leaf):
         parts = path_of(path).split("/")
         hidden = parts[-1] == "kernel" and not any(part.startswith("head") for part in parts)
-        return "muon" if leaf.ndim == 2 and hidden else "adam"
+        return "muon" if leaf.ndim in (2, 3) and hidden else "adam"
 
     def axes(params):
-        return jax.tree.map(lambda leaf: optax.contrib.MuonDimensionNumbers(), params)
+        return jax.tree.map(lambda leaf: optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), params)
 
     def rescale(updates, params):
-        return jax.tree.map(lambda update: MUON_RMS * math.sqrt(max(update.shape)) * update, updates)
+        return jax.tree.map(lambda update: MUON_RMS * math.sqrt(max(update.shape[-2:])) * update, updates)
 
     orthogonal = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=axes)
     return optax.partition(
