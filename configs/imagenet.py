@@ -1,4 +1,4 @@
-"""ImageNet-1k by each paper's recipe; the argument is any image model of the zoo but AHAN, which is for faces.
+"""ImageNet-1k by each paper's recipe; the argument is any image model of the zoo.
 
     python -m train --config configs/imagenet.py:davit_tiny --workdir gs://bucket/davit_tiny \\
         --config.data.path=gs://bucket/tfds
@@ -16,8 +16,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """Settings for the model `arg` (default: davit_tiny)."""
     name = arg or "davit_tiny"
     family, _, variant = name.partition("_")
-    if family == "ahan":
-        raise ValueError(f"no ImageNet recipe for {name!r}, which verifies faces: see configs/twins.py")
     config = RECIPES.get(family, _davit)(variant)
     config.model.name = name
     return config
@@ -136,7 +134,7 @@ def _maxvit(variant: str) -> ml_collections.ConfigDict:
 
 
 def _vit(variant: str) -> ml_collections.ConfigDict:
-    """DeiT's train script (github.com/facebookresearch/deit) for all sizes, DeiT III and DCAL too, at 224 pixels.
+    """DeiT's train script (github.com/facebookresearch/deit) for all sizes, at 224 pixels; DeiT III, DCAL and AHAN too.
 
     It distils from RegNetY-16GF, which is no model of this zoo: --config.distill.teacher=NAME names another one.
     """
@@ -147,4 +145,6 @@ def _vit(variant: str) -> ml_collections.ConfigDict:
     return config
 
 
-RECIPES = dict(davit=_davit, maxvit=_maxvit, biformer=_biformer, care=_care, vit=_vit, deit=_vit, deit3=_vit, dcal=_vit)
+RECIPES = dict(
+    davit=_davit, maxvit=_maxvit, biformer=_biformer, care=_care, vit=_vit, deit=_vit, deit3=_vit, dcal=_vit, ahan=_vit
+)

@@ -11,6 +11,7 @@ import pytest
 import zoo
 from kernels.cost import cost
 from kernels.cross import pairwise_attention, pool_parts, roi_align
+from tests.variables import filled
 from zoo import registry
 from zoo.ahan import AHAN
 from zoo.ahan_streams import FacialAsymmetry, HierarchicalCrossAttention
@@ -48,21 +49,14 @@ def images(batch: int = 3):
     return normal(batch, 8, 8, 3)
 
 
-def filled(abstract):
-    """Random variables with nothing at the value where leaving it out would go unnoticed."""
-    rng = np.random.default_rng(1)
+def drawn(abstract):
     laws = {"kernel": (0, 0.3), "scale": (1, 0.2), "var": (1, 0.1), "pos_embed": (0, 1), "cls_token": (0, 1)}
-
-    def fill(path, leaf):
-        mean, deviation = laws.get(path[-1].key, (0, 0.2))
-        return jnp.asarray(mean + deviation * rng.standard_normal(leaf.shape).clip(-3, 3), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, abstract)
+    return filled(abstract, laws, clip=3)
 
 
 @functools.cache
 def init(model):
-    return filled(abstract_variables(model))
+    return drawn(abstract_variables(model))
 
 
 @functools.cache
@@ -256,7 +250,7 @@ def operands():
 
 
 def init_streams(module):
-    return filled(jax.eval_shape(module.init, jax.random.key(0), *operands()))
+    return drawn(jax.eval_shape(module.init, jax.random.key(0), *operands()))
 
 
 def by_hand(params, grid, tokens, boxes, layout):
@@ -362,7 +356,7 @@ class TestAsymmetry:
     def test_mirror_images(self, shared, layout):
         module = FacialAsymmetry(num_heads=2, shared=shared, layout=layout)
         grid = normal(2, 3, 6, 8)
-        variables = filled(jax.eval_shape(module.init, jax.random.key(0), grid))
+        variables = drawn(jax.eval_shape(module.init, jax.random.key(0), grid))
         apply = jax.jit(module.apply)
         symmetric = jnp.concatenate([grid[:, :, :3], grid[:, :, 2::-1]], axis=2)
         signature = apply(variables, symmetric)
@@ -373,7 +367,7 @@ class TestAsymmetry:
     def test_both_directions_have_their_own(self):
         """Where the own ones are alike, they are shared ones."""
         grid, shared = normal(2, 3, 6, 8), FacialAsymmetry(num_heads=2)
-        params = filled(jax.eval_shape(shared.init, jax.random.key(0), grid))["params"]
+        params = drawn(jax.eval_shape(shared.init, jax.random.key(0), grid))["params"]
         own = {f"{name}_{side}": leaf for name, leaf in params.items() for side in ("left", "right")}
         expected = shared.apply({"params": params}, grid)
         close(FacialAsymmetry(num_heads=2, shared=False).apply({"params": own}, grid), expected)
@@ -385,7 +379,7 @@ class TestAsymmetry:
 
     def test_map(self):
         grid, module = normal(2, 3, 6, 8), FacialAsymmetry(num_heads=2)
-        variables = filled(jax.eval_shape(module.init, jax.random.key(0), grid))
+        variables = drawn(jax.eval_shape(module.init, jax.random.key(0), grid))
         signature, sown = module.apply(variables, grid, mutable=["attention"])
         (found,) = sown["attention"]["map"]
         close(found.difference.mean((1, 2)), signature.mean(1))
@@ -503,7 +497,7 @@ def test_gradients_reach_every_parameter():
 def test_without_streams_it_is_the_backbone():
     model = plain()
     vit = zoo.create_model("vit_nano", image_size=8, patch=2, dim=16, num_heads=2, depths=(2,), num_classes=5)
-    weights = filled(abstract_variables(vit))
+    weights = drawn(abstract_variables(vit))
     variables = with_backbone(init(model), weights)
     expected = jax.jit(vit.clone(num_classes=0).apply)(weights, images())
     found = jax.jit(functools.partial(model.apply, method="forward_features"))(variables, images())

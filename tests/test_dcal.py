@@ -11,6 +11,7 @@ import pytest
 import zoo
 from kernels.cost import cost
 from kernels.cross import attention_rollout
+from tests.variables import filled
 from train import tasks
 from zoo import registry
 from zoo.backbone import with_backbone
@@ -37,15 +38,8 @@ def images(batch: int = 3):
 
 @functools.cache
 def init(model):
-    """Random variables with nothing at the value where leaving it out would go unnoticed."""
-    rng = np.random.default_rng(1)
     laws = {"kernel": (0, 0.3), "scale": (1, 0.2), "pos_embed": (0, 1), "cls_token": (0, 1)}
-
-    def fill(path, leaf):
-        mean, deviation = laws.get(path[-1].key, (0, 0.2))
-        return jnp.asarray(mean + deviation * rng.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, abstract_variables(model))
+    return filled(abstract_variables(model), laws)
 
 
 @functools.cache

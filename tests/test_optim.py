@@ -132,13 +132,12 @@ def test_muon_moves_a_stack_of_matrices_one_by_one():
     stack, grads = (random.normal(size=(3, 4, 6)).astype(np.float32) for _ in range(2))
 
     def step(kernel, gradient):
-        optimizer, _ = optim.make(settings(name="muon"), 10, {"kernel": kernel})
-        return optimizer.update({"kernel": gradient}, optimizer.init({"kernel": kernel}), {"kernel": kernel})[0][
-            "kernel"
-        ]
+        params = {"kernel": jnp.asarray(kernel)}
+        optimizer, _ = optim.make(settings(name="muon"), 10, params)
+        return optimizer.update({"kernel": jnp.asarray(gradient)}, optimizer.init(params), params)[0]["kernel"]
 
-    alone = [step(jnp.asarray(kernel), jnp.asarray(gradient)) for kernel, gradient in zip(stack, grads)]
-    np.testing.assert_allclose(step(jnp.asarray(stack), jnp.asarray(grads)), alone, rtol=1e-4, atol=1e-6)
+    alone = [step(kernel, gradient) for kernel, gradient in zip(stack, grads)]
+    np.testing.assert_allclose(step(stack, grads), alone, rtol=1e-4, atol=1e-6)
 
 
 def test_muon_leaves_heads_embeddings_and_vectors_to_adam():

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import zoo
+from tests.variables import filled
 from zoo import pictures, registry
 from zoo.errors import WeightsError
 from zoo.keymap import flatten
@@ -58,21 +59,12 @@ def normal(*shape: int, seed: int = 0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-def filled(abstract):
-    """Random variables with nothing at the value where leaving it out would go unnoticed."""
-    rng = np.random.default_rng(1)
-    laws = {"kernel": (0, 0.4), "scale": (1, 0.2), "layer_scale1": (1, 0.2), "layer_scale2": (1, 0.2)}
-
-    def fill(path, leaf):
-        mean, deviation = laws.get(path[-1].key, (0, 0.3))
-        return jnp.asarray(mean + deviation * rng.standard_normal(leaf.shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, abstract)
+LAWS = {"kernel": (0, 0.4), "scale": (1, 0.2), "layer_scale1": (1, 0.2), "layer_scale2": (1, 0.2)}
 
 
 @functools.cache
 def init(model):
-    return filled(abstract_variables(model))
+    return filled(abstract_variables(model), LAWS, 0.3)
 
 
 # Compiles in half the time.
@@ -197,7 +189,8 @@ def test_only_some_tokens_attend():
     """They come out as from the whole block; the others give keys and values alone."""
     block = Block(3, (2, 3), qkv_bias=False, layer_scale=1.0)
     x, rows = normal(2, 7, 12), jnp.array([[0, 5, 2], [0, 1, 6]])
-    variables = filled(jax.eval_shape(functools.partial(block.init, train=False), jax.random.key(0), x))
+    abstract = jax.eval_shape(functools.partial(block.init, train=False), jax.random.key(0), x)
+    variables = filled(abstract, LAWS, 0.3)
     assert "bias" not in variables["params"]["attention"]["qkv"]
 
     @jit
@@ -218,7 +211,8 @@ def test_stochastic_depth():
     np.testing.assert_allclose(rates, np.linspace(0, 0.1, 12), rtol=1e-12)
     block = Block(3, (2, 3), drop_path=0.5)
     x = normal(64, 7, 12)
-    variables = filled(jax.eval_shape(functools.partial(block.init, train=False), jax.random.key(0), x))
+    abstract = jax.eval_shape(functools.partial(block.init, train=False), jax.random.key(0), x)
+    variables = filled(abstract, LAWS, 0.3)
     out = jit(lambda key: block.apply(variables, x, True, rngs={"dropout": key}))(jax.random.key(0))
     # Both branches of a quarter of the samples are dropped.
     untouched = np.asarray((out == x).all((1, 2)))

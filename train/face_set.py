@@ -42,8 +42,13 @@ class FaceSet(Dataset):
     @property
     def pairs(self) -> Int[np.ndarray, "P 2"]:
         """The pairs of twins, the lower label first."""
-        first = np.flatnonzero(self.twins > np.arange(self.num_classes))
-        return np.stack([first, self.twins[first]], 1)
+        return pairs_of(self.twins)
+
+
+def pairs_of(twins: Int[np.ndarray, " K"]) -> Int[np.ndarray, "P 2"]:
+    """The pairs of twins, the lower label first, of every person's twin, -1 where there is none."""
+    first = np.flatnonzero(twins > np.arange(len(twins)))
+    return np.stack([first, twins[first]], 1)
 
 
 def describe(labels: Int[np.ndarray, " N"], twins: Int[np.ndarray, " K"], hard: Bool[np.ndarray, " K"]) -> str:

@@ -6,6 +6,7 @@ import functools
 import numpy as np
 from jaxtyping import Int
 
+from train.face_set import pairs_of
 from train.generated import need
 
 
@@ -73,8 +74,7 @@ class IdentityOrder:
 
     @functools.cached_property
     def _pairs(self) -> Int[np.ndarray, "P 2"]:
-        first = np.flatnonzero(self.twins > np.arange(len(self.twins)))
-        return np.stack([first, self.twins[first]], 1)
+        return pairs_of(self.twins)
 
     @functools.cached_property
     def _rows(self) -> list[Int[np.ndarray, " n"]]:

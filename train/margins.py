@@ -12,26 +12,19 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from train.generated import need
+from zoo.layers import unit
 
-# Squares of norms and sines below this count as this: their roots have gradients without bound at 0. For norms it is
-# far below what an embedding has, for sines it is the rounding of a cosine at 1.
-LEAST_SQUARE = 1e-12
+# Squares of sines below this, the rounding of a cosine at 1, count as this: their roots have gradients without bound.
 LEAST_SQUARED_SINE = float(jnp.finfo(jnp.float32).eps)
 
 # Of a quality that is estimated by norms, see `adaface_logits`.
 NORM_RANGE = (1e-3, 100.0)
 
 
-def unit(vectors: Float[Array, "*rows E"], axis: int = -1) -> Float[Array, "*rows E"]:
-    """Vectors of length 1 along an axis, float32; zeros stay zeros, with a finite gradient."""
-    vectors = vectors.astype(jnp.float32)
-    square = jnp.square(vectors).sum(axis, keepdims=True)
-    return vectors * jax.lax.rsqrt(jnp.maximum(square, LEAST_SQUARE))
-
-
 def class_cosines(embeddings: Float[Array, "B E"], weights: Float[Array, "E K"]) -> Float[Array, "B K"]:
     """Cosines between embeddings and the weights of classes, float32."""
-    return jnp.dot(unit(embeddings), unit(weights, axis=0), precision=jax.lax.Precision.HIGHEST)
+    rows, columns = unit(embeddings.astype(jnp.float32)), unit(weights.astype(jnp.float32), axis=0)
+    return jnp.dot(rows, columns, precision=jax.lax.Precision.HIGHEST)
 
 
 def arcface_logits(

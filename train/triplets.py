@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from train.margins import unit
+from zoo.layers import unit
 from zoo.registry import nearest
 
 NEGATIVES = ("hardest", "twin")
@@ -80,7 +80,7 @@ def batch_hard_triplet(
 
     Source: Hermans, Beyer and Leibe, "In Defense of the Triplet Loss", arXiv:1703.07737, equation 5.
     """
-    units = unit(embeddings)
+    units = unit(embeddings.astype(jnp.float32))
     distances = 1 - jnp.dot(units, units.T, precision=jax.lax.Precision.HIGHEST)
     farthest = jnp.where(positives, distances, -jnp.inf).max(1)
     closest = jnp.where(negatives, distances, jnp.inf).min(1)

@@ -22,11 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from kernels.choices import check_choice
 from kernels.cross import pairwise_attention
-from kernels.dense import accumulator_dtype
 from zoo.ahan_streams import LAYOUTS, SHARINGS, FacialAsymmetry, HierarchicalCrossAttention
 from zoo.face_regions import CANONICAL_BOXES, REGIONS, check_boxes
 from zoo.image_model import layers_of
-from zoo.layers import BatchNorm, Dtype, Linear, normal02_init
+from zoo.layers import BatchNorm, Dtype, Linear, normal02_init, unit
 from zoo.registry import Family, register
 from zoo.vit import SHARDING_RULES as BACKBONE_RULES
 from zoo.vit import ViT
@@ -278,14 +277,6 @@ class CosineHead(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B E"]) -> Float[Array, "B classes"]:
         kernel = self.param("kernel", normal02_init, (x.shape[-1], self.num_classes), self.param_dtype)
-        wide = accumulator_dtype(x.dtype)
-
-        def unit(vectors, axis):
-            vectors = vectors.astype(wide)
-            square = jnp.square(vectors).sum(axis, keepdims=True)
-            # The root of 0 has no gradient; no embedding is as short as this.
-            return vectors * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
-
         return (self.scale * (unit(x, 1) @ unit(kernel, 0))).astype(x.dtype)
 
 

@@ -200,6 +200,7 @@ class FacialAsymmetry(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "B h w C"]) -> Float[Array, "B C"]:
+        """The signature of a map whose halves are those of the face; an odd width is a `ValueError`."""
         c, half = features.shape[-1], features.shape[2] // 2
 
         def linear(name, x):
