@@ -1,7 +1,7 @@
 """Verification of identical twins on drawn faces: AHAN, its backbone, and its modules one by one and two by two.
 
     python -m train --config configs/twins.py:full --workdir runs/twins
-    python -m train.compare --config configs/twins.py:ablation --workdir runs/twins_ablation
+    python -m train.compare --config configs/twins.py:ablation --workdir runs/twins_ablation [--full]
     python -m train --config configs/twins.py:published --workdir runs/nd_twins --config.data.path=DIR
 
 The argument is one of `ROWS` and may go on with a seed, "full,1", of the model and of the batches; the faces stay. Or

@@ -134,6 +134,14 @@ def test_compared(tmp_path, capsys):
     assert row["images"] == 64 and "tokens" not in row and "state" not in row
 
 
+def test_full_tables(tmp_path, capsys):
+    command = ["--workdir", str(tmp_path), "--full", "--only", "hca,7", "--config"]
+    assert compare.main([*command, f"{CONFIG}:ablation"]) == 2
+    assert "did you mean 'hca,2'" in capsys.readouterr().err
+    assert compare.main([*command, f"{CONFIG}:quick"]) == 2
+    assert "quick_full' names no table" in capsys.readouterr().err
+
+
 def test_rows_are_contrasted(tmp_path, capsys):
     """Of both rows on the same pairs, once from the checkpoints and once from what the rows say."""
     command = ["--config", f"{CONFIG}:quick", "--workdir", str(tmp_path)]

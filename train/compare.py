@@ -210,12 +210,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE:TABLE", help="a config file and one of its tables")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the runs are kept; goes on with them")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="this row; may be given again")
+    parser.add_argument("--full", action="store_true", help="TABLE_full, which has more rows, in the place of TABLE")
     arguments, overrides = parser.parse_known_args(argv)
+    spec = arguments.config + "_full" * arguments.full
     host.keep_freed_memory()
     host.cache_compiled_programs()
     try:
-        rows = compare(arguments.config, arguments.workdir, arguments.only, overrides)
-        contrasts = contrasted(arguments.config, arguments.workdir, [row["row"] for row in rows])
+        rows = compare(spec, arguments.workdir, arguments.only, overrides)
+        contrasts = contrasted(spec, arguments.workdir, [row["row"] for row in rows])
     except loop.TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
