@@ -10,7 +10,7 @@ writers that training never sees, choose the natural split, `configs/digits.py:d
 
 import ml_collections
 
-MODELS = ("davit_nano", "maxvit_nano", "biformer_nano", "care_nano")
+MODELS = ("davit_nano", "maxvit_nano", "biformer_nano", "care_nano", "vit_nano", "dcal_nano")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -35,6 +35,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.augment = dict(pad_crop=1, rotate=10.0)
     config.loss = dict(label_smoothing=0.1)
     config.optim = dict(name="adamw", lr=3e-3, weight_decay=0.05, clip_norm=1.0, warmup_steps=100)
+    if name in ("vit_nano", "dcal_nano"):
+        # Without a convolution they learn too slowly by Adam.
+        config.optim.update(name="muon", lr=6e-3)
     config.total_steps = 700
     config.ema = 0.995
     config.eval_every = 200

@@ -133,4 +133,18 @@ def _maxvit(variant: str) -> ml_collections.ConfigDict:
     return config
 
 
-RECIPES = dict(davit=_davit, maxvit=_maxvit, biformer=_biformer, care=_care)
+def _vit(variant: str) -> ml_collections.ConfigDict:
+    """DeiT's train script (github.com/facebookresearch/deit) for all sizes, at 224 pixels; DeiT III, DCAL and AHAN too.
+
+    It distils from RegNetY-16GF, which is no model of this zoo: --config.distill.teacher=NAME names another one.
+    """
+    config = _deit(1024, warmup_epochs=5)
+    config.model.overrides = dict(drop_path_rate=0.1)
+    config.data.repeats = 3
+    config.optim.update(lr=1e-3, no_decay=(".*pos_embed",))
+    return config
+
+
+RECIPES = dict(
+    davit=_davit, maxvit=_maxvit, biformer=_biformer, care=_care, vit=_vit, deit=_vit, deit3=_vit, dcal=_vit, ahan=_vit
+)

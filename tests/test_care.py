@@ -14,6 +14,7 @@ import zoo
 from kernels import linear_attention
 from kernels.linear import FEATURE_MAPS
 from tests.parity import reference
+from tests.variables import filled
 from zoo import registry
 from zoo.care import Attention
 from zoo.errors import WeightsError
@@ -39,16 +40,8 @@ def normal(*shape: int):
 
 @functools.cache
 def init(model):
-    """Random variables with nothing at the value where leaving it out would go unnoticed."""
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    rng = np.random.default_rng(1)
-    laws = {"kernel": (0, 0.4), "scale": (1, 0.2), "var": (1, 0.1), "gamma": (0.5, 0.2)}
-
-    def fill(path, leaf):
-        mean, deviation = laws.get(path[-1].key, (0, 0.2))
-        return jnp.asarray(mean + deviation * rng.standard_normal(leaf.shape).clip(-2, 2), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(fill, variables)
+    return filled(variables, {"kernel": (0, 0.4), "scale": (1, 0.2), "var": (1, 0.1), "gamma": (0.5, 0.2)}, clip=2)
 
 
 # Compiles in half the time.

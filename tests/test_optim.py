@@ -14,6 +14,10 @@ from train import config as config_lib
 from train import optim
 
 # From tests/reference/make_optim.py: torch in float64, lr 0.01, five steps.
+ADAM = (
+    [[0.4921716191296837, -1.0015797562213602], [1.9794483386917001, 0.2478866938992034]],
+    [0.9498667106929798, -0.4498666188965939],
+)
 ADAMW = (
     [[0.4917156057518638, -0.9991113942428838], [1.9794543042516466, 0.24701606163135612]],
     [0.9498667106929798, -0.4498666188965939],
@@ -67,8 +71,8 @@ ADAMW_SETTINGS = dict(name="adamw", b1=0.8, b2=0.99, eps=1e-6, weight_decay=0.1)
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [(ADAMW_SETTINGS, ADAMW), (dict(name="sgd", momentum=0.9), SGD)],
-    ids=["adamw", "sgd"],
+    [(dict(ADAMW_SETTINGS, name="adam"), ADAM), (ADAMW_SETTINGS, ADAMW), (dict(name="sgd", momentum=0.9), SGD)],
+    ids=["adam", "adamw", "sgd"],
 )
 @pytest.mark.parametrize(("double", "tolerance"), [(True, 1e-13), (False, 1e-6)], ids=["float64", "float32"])
 def test_equal_to_torch(config, expected, double, tolerance):
@@ -123,10 +127,23 @@ def test_muon_is_its_authors_algorithm(shape):
     np.testing.assert_allclose(params["kernel"], x, rtol=1e-6, atol=1e-8)
 
 
+def test_muon_moves_a_stack_of_matrices_one_by_one():
+    random = np.random.default_rng(0)
+    stack, grads = (random.normal(size=(3, 4, 6)).astype(np.float32) for _ in range(2))
+
+    def step(kernel, gradient):
+        params = {"kernel": jnp.asarray(kernel)}
+        optimizer, _ = optim.make(settings(name="muon"), 10, params)
+        return optimizer.update({"kernel": jnp.asarray(gradient)}, optimizer.init(params), params)[0]["kernel"]
+
+    alone = [step(kernel, gradient) for kernel, gradient in zip(stack, grads)]
+    np.testing.assert_allclose(step(stack, grads), alone, rtol=1e-4, atol=1e-6)
+
+
 def test_muon_leaves_heads_embeddings_and_vectors_to_adam():
     params = {
         "embed": {"embedding": jnp.ones((3, 4))},
-        "block": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4), "conv": {"kernel": jnp.ones((2, 2, 4))}},
+        "block": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4), "conv": {"kernel": jnp.ones((2, 2, 1, 4))}},
         "head": {"kernel": jnp.ones((4, 3))},
     }
     random = np.random.default_rng(0)
@@ -157,6 +174,7 @@ def test_what_is_decayed():
         "stem": {"kernel": (4, 4, 3, 8), "bias": (8,)},
         "block": {"scale": (8,), "temperature": (), "relative_position_bias_table": (169, 4)},
         "head": {"kernel": (8, 10)},
+        "stacked": {"kernel": (3, 4, 8), "bias": (3, 8), "scale": (3, 4)},
     }
     params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
@@ -166,6 +184,7 @@ def test_what_is_decayed():
         "stem": {"kernel": True, "bias": False},
         "block": {"scale": False, "temperature": False, "relative_position_bias_table": False},
         "head": {"kernel": True},
+        "stacked": {"kernel": True, "bias": False, "scale": False},
     }
     assert optim.decay_mask(params)["block"]["relative_position_bias_table"]
     optim.make(settings(no_decay=("table",)), 10, params, no_decay=("absent in this variant",))

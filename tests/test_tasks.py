@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from train import tasks
+from zoo.image_model import ImageModel
 
 
 class Table(nn.Module):
@@ -58,6 +59,7 @@ class TwoTables(nn.Module):
     """Two heads in training, their mean otherwise, as CARE has them."""
 
     classes: int
+    join_losses = ImageModel.join_losses
 
     def __call__(self, images, train: bool = False):
         logits = images[:, 0, : 2 * self.classes, 0]

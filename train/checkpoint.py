@@ -354,7 +354,9 @@ class Checkpoints:
         ocp = import_orbax()
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
-                item=abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
+                # All leaves are there; a part that has none, such as `task`, an older checkpoint may lack.
+                *(abstract_state, ocp.checkpoint_utils.construct_restore_args(abstract_state)),
+                partial_restore=True,
             ),
             data=ocp.args.JsonRestore(),
             config=ocp.args.JsonRestore(),

@@ -19,7 +19,8 @@ import ml_collections
 from etils import epath
 
 from train import config as config_lib
-from train import evaluate, host, loop, text
+from train import evaluate, host, loop, text, verification_metrics
+from train.sequences import SequenceSet
 from zoo.registry import nearest
 from zoo.sequence.sequence_model import SequenceModel
 from zoo.tables import scaled, table
@@ -28,10 +29,17 @@ RESULT_FILE = "result.json"
 # Metric -> its column's head, and how a number is written.
 METRICS = {
     "test_accuracy": ("accuracy", "{:.2%}"),
+    "test_general_accuracy": ("strangers", "{:.1%}"),
+    "test_twin_accuracy": ("twins", "{:.1%}"),
+    "test_hard_twin_accuracy": ("hard twins", "{:.1%}"),
+    "test_twin_auc": ("AUC of twins", "{:.3f}"),
+    "test_twin_tar_at_far_1pct": ("their TAR at 1 % FAR", "{:.1%}"),
     "test_bits_per_byte": ("bits per byte", "{:.3f}"),
     "cost_of_clearing": ("cost of clearing", "{:.3f}"),
     "test_bits_per_token": ("bits per token", "{:.3f}"),
 }
+# What is counted of a row, each a column.
+SIZES = ("parameters", "state", "tokens", "images")
 # Rows of tokens on which a memory that is cleared is compared with one that is not.
 CLEARED_ROWS = 256
 
@@ -46,8 +54,9 @@ def compare(spec: str, workdir: epath.PathLike, only: Sequence[str] = (), overri
         overrides: `--config.KEY=VALUE` words for every row.
 
     Returns:
-        One dict per row: `row`, `model`, `parameters`, `state` (numbers that the state of one sequence holds after
-        `length` tokens), `tokens` (seen in training), `seconds` (of the run from start to end), and its metrics.
+        One dict per row: `row`, `model`, `parameters`, `seconds` (of the run from start to end), and its metrics; of
+        sequences also `state` (numbers that the state of one holds after `length` tokens) and `tokens` (seen in
+        training), of others `images`.
 
     Raises:
         ValueError: for an unknown table or row.
@@ -60,9 +69,39 @@ def compare(spec: str, workdir: epath.PathLike, only: Sequence[str] = (), overri
     found = []
     for row in only or rows:
         config = config_lib.load(f"{file}:{row}", overrides)
-        place = epath.Path(workdir) / row.replace(",", "_")
-        found.append({"row": row, **_result(config, place)})
+        found.append({"row": row, **_result(config, _place(workdir, row))})
     return found
+
+
+def contrasted(spec: str, workdir: epath.PathLike, rows: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How much more accurate the rows of faces are than others, by `train.verification_metrics.contrast`.
+
+    Args:
+        spec: as of `compare`; `CONTRASTS` of the config file says what is compared with what, all seeds of a row with
+            all of the other.
+        workdir: where `compare` trained them.
+        rows: those that there are.
+
+    Returns:
+        "ROW - OTHER" to the differences of every kind of pairs; nothing for files without contrasts.
+    """
+    found, scored = {}, {}
+
+    def side(name):
+        wanted = [row for row in rows if row.partition(",")[0] == name]
+        for row in wanted:
+            if row not in scored:
+                scored[row] = evaluate.score_faces(_place(workdir, row)).scored
+        return [scored[row] for row in wanted]
+
+    for ours, theirs in config_lib.contrasts(spec):
+        if all(any(row.partition(",")[0] == name for row in rows) for name in (ours, theirs)):
+            found[f"{ours} - {theirs}"] = verification_metrics.contrast(side(ours), side(theirs))
+    return found
+
+
+def _place(workdir: epath.PathLike, row: str) -> epath.Path:
+    return epath.Path(workdir) / row.replace(",", "_")
 
 
 def _result(config: ml_collections.FrozenConfigDict, workdir: epath.Path) -> dict[str, Any]:
@@ -73,12 +112,19 @@ def _result(config: ml_collections.FrozenConfigDict, workdir: epath.Path) -> dic
             return kept
     run = loop.prepare(config, str(workdir))
     result = loop.train(run)
-    model, length = run.program.model, run.train_set.length
+    model, examples = run.program.model, result["step"] * config.data.batch_size
+    if isinstance(run.train_set, SequenceSet):
+        length = run.train_set.length
+        seen = {
+            "state": _state_size(model, run.program.abstract_state.variables(), length),
+            "tokens": examples * length,
+        }
+    else:
+        seen = {"images": examples}
     result = {
         "model": config.model.name,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.program.abstract_state.params)),
-        "state": _state_size(model, run.program.abstract_state.variables(), length),
-        "tokens": result["step"] * config.data.batch_size * length,
+        **seen,
         **result,
     }
     if "test_bits_per_byte" in result:
@@ -116,12 +162,34 @@ def _cost_of_clearing(workdir: epath.Path) -> float:
 def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line per row: what it is, what it cost, and the metrics that any row has."""
     names = [name for name in METRICS if any(name in row for row in rows)]
-    cells = [("", "parameters", "state", "tokens", "seconds", *(METRICS[name][0] for name in names))]
+    sizes = [name for name in SIZES if any(name in row for row in rows)]
+    cells = [("", *sizes, "seconds", *(METRICS[name][0] for name in names))]
     for row in rows:
-        sizes = (scaled(row[name]) for name in ("parameters", "state", "tokens"))
-        values = (METRICS[name][1].format(row[name]) if name in row else "" for name in names)
-        cells.append((row["row"], *sizes, f"{row['seconds']:,.0f}", *values))
+        counts = (scaled(row[name]) if name in row else "" for name in sizes)
+        values = (_written(name, row) if name in row else "" for name in names)
+        cells.append((row["row"], *counts, f"{row['seconds']:,.0f}", *values))
     return table(cells, "<" + ">" * (len(cells[0]) - 1))
+
+
+def _contrast_lines(contrasts: dict[str, dict[str, Any]]) -> list[str]:
+    """Differences of accuracies in points of a percent, each with its interval."""
+    kinds = {"general": "strangers", "twin": "twins", "hard_twin": "hard twins"}
+    cells = [("accuracy, mean of seeds", *kinds.values())]
+    for name, found in contrasts.items():
+        values = []
+        for kind in kinds:
+            here = found.get(kind, {})
+            value, *interval = (f"{100 * here[key]:+.1f}" for key in ("difference", "low", "high") if key in here)
+            values.append(f"{value} [{', '.join(interval)}]" if interval else value)
+        cells.append((name, *values))
+    return table(cells, "<>>>")
+
+
+def _written(name: str, row: dict[str, Any]) -> str:
+    """A metric of a row, with its confidence interval where it has one."""
+    ends = [f"{name}_{end}" for end in ("low", "high")]
+    value, *interval = (METRICS[name][1].format(row[key]) for key in (name, *ends) if key in row)
+    return f"{value} [{', '.join(interval)}]" if interval else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,11 +210,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE:TABLE", help="a config file and one of its tables")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the runs are kept; goes on with them")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="this row; may be given again")
+    parser.add_argument("--full", action="store_true", help="TABLE_full, which has more rows, in the place of TABLE")
     arguments, overrides = parser.parse_known_args(argv)
+    spec = arguments.config + "_full" * arguments.full
     host.keep_freed_memory()
     host.cache_compiled_programs()
     try:
-        rows = compare(arguments.config, arguments.workdir, arguments.only, overrides)
+        rows = compare(spec, arguments.workdir, arguments.only, overrides)
+        contrasts = contrasted(spec, arguments.workdir, [row["row"] for row in rows])
     except loop.TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -156,7 +227,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(_columns(rows)))
     if figures := {row["zlib_bits_per_byte"] for row in rows if "zlib_bits_per_byte" in row}:
         print(f"zlib at level 9, given the whole test text at once: {min(figures):.3f} bits per byte")
-    print(json.dumps({row["row"]: {name: value for name, value in row.items() if name != "row"} for row in rows}))
+    if contrasts:
+        print("\n" + "\n".join(_contrast_lines(contrasts)) + "\n")
+    contrasts = {"contrasts": contrasts} if contrasts else {}
+    print(
+        json.dumps(
+            contrasts | {row["row"]: {name: value for name, value in row.items() if name != "row"} for row in rows}
+        )
+    )
     return 0
 
 

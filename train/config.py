@@ -96,6 +96,12 @@ def table(spec: str) -> tuple[str, tuple[str, ...]]:
     return name, tuple(tables[wanted])
 
 
+def contrasts(spec: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of rows that are compared, `CONTRASTS` of a config file; `spec` as of `table`. Rows may have seeds."""
+    name, _, _ = spec.rpartition(":")
+    return tuple(getattr(_module(_find(name)), "CONTRASTS", ()))
+
+
 def plain(config: Config) -> dict[str, Any]:
     """The config as nested dicts, lists and scalars, equal to what its JSON text reads back as."""
     return _nest({path: _lists(value) for path, value in flatten(config).items()})

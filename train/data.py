@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -21,6 +21,8 @@ from train.sources import Dataset
 Batch = dict[str, np.ndarray]
 TrainTransform = Callable[[dict[str, Any], np.random.Generator], Mapping[str, Any]]
 EvalTransform = Callable[[dict[str, Any]], Mapping[str, Any]]
+# The examples of a global batch by its number, counted from the start of training.
+Order = Callable[[int], Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +123,40 @@ class _TrainView(_View):
 
     def __getitem__(self, step: int) -> Batch:
         records = []
-        for row in self.rows(step):
-            epoch, place = divmod(self.start + row, len(self.dataset))
-            place, copy = divmod(place, self.repeats)
-            index, _ = shuffled(epoch * len(self.dataset) + place, size=len(self.dataset), seed=self.seed)
-            sequence = np.random.SeedSequence(self.seed, spawn_key=(epoch, index, copy) if copy else (epoch, index))
+        for index, key in self.examples(step):
+            sequence = np.random.SeedSequence(self.seed, spawn_key=key)
             record = self.record(index, np.random.Generator(np.random.PCG64(sequence)))
             record["index"] = np.int32(index)
             records.append(record)
         return _stack(records)
+
+    def examples(self, step: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """This process's examples of global batch `step`, each with the key of its randomness."""
+        for row in self.rows(step):
+            epoch, place = divmod(self.start + row, len(self.dataset))
+            place, copy = divmod(place, self.repeats)
+            index, _ = shuffled(epoch * len(self.dataset) + place, size=len(self.dataset), seed=self.seed)
+            yield index, (epoch, index, copy) if copy else (epoch, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OrderedView(_TrainView):
+    order: Order
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start % self.batch_size or self.repeats != 1:
+            raise ValueError(
+                f"start={self.start}, repeats={self.repeats}: an order gives whole batches of {self.batch_size}, each "
+                f"example once; start must be a multiple of that, and repeats 1"
+            )
+
+    def examples(self, step: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """As without an order; an example's randomness is keyed by the number of its row in all of training."""
+        indices = self.order(self.start // self.batch_size + step)
+        for row in self.rows(step):
+            index = int(indices[row % self.batch_size])
+            yield index, (self.start + row, index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,10 +271,11 @@ def train_iterator(
     prefetch: int = 2,
     channels: int | None = None,
     repeats: int = 1,
+    order: Order | None = None,
 ) -> TrainBatches:
     """Endless shuffled batches; global batch k holds the examples start + k * batch_size and on, in order.
 
-    What a batch holds depends on `dataset`, `batch_size`, `seed`, `transform`, `repeats` and `start` alone:
+    What a batch holds depends on `dataset`, `batch_size`, `seed`, `transform`, `repeats`, `order` and `start` alone:
     `shuffled` gives the order, and the randomness of an example is keyed by (seed, index, epoch, repetition).
 
     Args:
@@ -266,6 +294,8 @@ def train_iterator(
         repeats: how many times in a row each example comes, each time augmented differently; an epoch keeps its
             length and so visits one in `repeats` of the examples (repeated augmentation, Hoffer et al.,
             arXiv:1901.09335).
+        order: which examples the batches hold, in place of `shuffled`; a pure function, picklable with `workers`.
+            There are no epochs then, and `start` is a multiple of `batch_size`.
 
     Returns:
         Iterator over dicts of arrays (batch_size / process_count, ...): what the transform returned, of images also
@@ -274,16 +304,8 @@ def train_iterator(
     Raises:
         ValueError: an argument out of range, or a batch size that the processes cannot share equally.
     """
-    view = _TrainView(
-        _with_channels(dataset, channels),
-        transform,
-        batch_size,
-        process_index,
-        process_count,
-        seed,
-        start,
-        repeats,
-    )
+    of = (_with_channels(dataset, channels), transform, batch_size, process_index, process_count, seed, start, repeats)
+    view = _TrainView(*of) if order is None else _OrderedView(*of, order)
     return TrainBatches(view, workers=workers, prefetch=prefetch)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
@@ -28,8 +29,10 @@ import zoo
 from train import config as config_lib
 from train import data, host, inputs, leaves, metrics, program, sources, tasks
 from train.checkpoint import CheckpointError, read_state
+from train.face_set import FaceSet
 from train.sequences import SequenceSet
 from train.sharding import batch_sharding, check_batch, make_mesh, place_batch
+from train.verification_metrics import Scored
 from zoo import preprocess
 from zoo.pretrained import abstract_variables
 
@@ -43,24 +46,28 @@ def evaluate(
     variables: Any,
     batches: Iterable[dict[str, np.ndarray]],
     rows: NamedSharding,
-    summarize: Callable[[dict[str, Any]], dict[str, float]],
-) -> dict[str, float]:
-    """The metrics of all unmasked examples.
+    summarize: Callable[[dict[str, Any]], Any],
+) -> Any:
+    """The metrics of all unmasked examples, or what else `summarize` makes of them.
 
     Args:
         eval_step: `(variables, batch) -> sums`.
         variables: what the model takes.
         batches: padded and masked batches (`train.data.eval_iterator`), this process's rows of each.
         rows: sharding of a batch.
-        summarize: from the sums of all batches, integers added exactly and floats in float64, to metrics: that of
-            the task (`train.tasks`).
+        summarize: from the sums of all batches, integers added exactly and floats in float64, and from the rows of
+            all batches behind one another, to metrics: that of the task (`train.tasks`).
     """
     totals: dict[str, Any] = {}
+    parts: dict[str, list[np.ndarray]] = {}
     for batch in batches:
-        sums = jax.device_get(eval_step(variables, place_batch(batch, rows)))
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0) + value.item()
-    return summarize(totals)
+        found = jax.device_get(eval_step(variables, place_batch(batch, rows)))
+        for name, value in found.items():
+            if value.ndim:
+                parts.setdefault(name, []).append(value)
+            else:
+                totals[name] = totals.get(name, 0) + value.item()
+    return summarize(totals | {name: np.concatenate(each) for name, each in parts.items()})
 
 
 def score(
@@ -72,7 +79,8 @@ def score(
     transform: data.EvalTransform,
     batch_size: int = BATCH_SIZE,
     workers: int = 0,
-) -> dict[str, float]:
+    summarize: Callable[[dict[str, Any]], Any] | None = None,
+) -> Any:
     """The task's metrics of a model, over all devices.
 
     Args:
@@ -83,6 +91,7 @@ def score(
         transform: the host's preprocessing.
         batch_size: a multiple of the number of devices; does not change the result but for rounding.
         workers: reader processes.
+        summarize: what is returned of all sums and rows, see `evaluate`; None: the task's metrics by name.
 
     Raises:
         ValueError: if the batch does not divide.
@@ -93,7 +102,8 @@ def score(
     eval_step = jax.jit(functools.partial(task.evaluate, model), out_shardings=replicated)
     batches = data.eval_iterator(dataset, batch_size=batch_size, transform=transform, workers=workers)
     with batches:
-        return evaluate(eval_step, jax.device_put(variables, replicated), batches, rows, task.summarize)
+        placed = jax.device_put(variables, replicated)
+        return evaluate(eval_step, placed, batches, rows, task.summarize if summarize is None else summarize)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,12 +220,7 @@ def score_run(
         CheckpointError: if there is no good checkpoint.
         ValueError: if the model does not fit the checkpoint or the data, or the run evaluates nothing.
     """
-    directory = epath.Path(workdir) / "checkpoints"
-    step, state, saved = read_state(directory, step, only=("params", "model_state", "ema"))
-    config = config_lib.overlay(saved, overrides)
-    averaged = bool(state.get("ema")) and not raw
-    variables = state["ema"] if averaged else {"params": state["params"], **state.get("model_state", {})}
-    print(f"{directory / str(step)}{', running averages' * averaged}", file=sys.stderr)
+    step, config, variables = load_run(workdir, step=step, raw=raw, overrides=overrides)
     splits = inputs.eval_splits(config)
     if split:
         splits = {re.sub(r"\W+", "_", split).strip("_"): split}
@@ -226,7 +231,7 @@ def score_run(
         dataset = inputs.open_dataset(config, split)
         if examples is not None:
             dataset = dataclasses.replace(dataset, source=_First(dataset.source, min(examples, len(dataset))))
-        if config.task == "classify" and config.data.image_size is None and dataset.image_shape is None:
+        if config.task != "next_token" and config.data.image_size is None and dataset.image_shape is None:
             raise ValueError(f"the images of {dataset.name} differ in size; give --image-size")
         model = program.build_model(config, dataset)
         _check_fits(model, variables, dataset)
@@ -243,6 +248,76 @@ def score_run(
         with jax.default_matmul_precision(config.matmul_precision):
             _add(result, prefix, dataset, found)
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredFaces:
+    """A run's model on faces.
+
+    Attributes:
+        step, config, variables: of the checkpoint.
+        model, task, dataset: what was scored on what.
+        scored: every kind of pairs with their scores.
+    """
+
+    step: int
+    config: ml_collections.FrozenConfigDict
+    variables: dict[str, Any]
+    model: nn.Module
+    task: tasks.Verification
+    dataset: FaceSet
+    scored: dict[str, Scored]
+
+
+def score_faces(
+    workdir: epath.PathLike,
+    *,
+    step: int | None = None,
+    raw: bool = False,
+    split: str | None = None,
+    overrides: Sequence[str] = (),
+) -> ScoredFaces:
+    """The pairs of a run of task "verification" with their scores.
+
+    Args:
+        workdir, step, raw, overrides: as of `score_run`.
+        split: such as "validation+test"; None: the run's `data.eval_split`.
+
+    Raises:
+        CheckpointError: if there is no good checkpoint.
+        ValueError: for a run of another task, or without a split to score.
+    """
+    step, config, variables = load_run(workdir, step=step, raw=raw, overrides=overrides)
+    split = split or config.data.eval_split
+    if config.task != "verification" or not split:
+        raise ValueError(f"{workdir} is a run of task {config.task!r} with eval_split {split!r}: nothing to verify")
+    dataset = inputs.open_dataset(config, split)
+    model = program.build_model(config, dataset)
+    _check_fits(model, variables, dataset)
+    task = tasks.without_teacher(config, model, dataset)
+    with jax.default_matmul_precision(config.matmul_precision):
+        scored = score(
+            task,
+            model,
+            variables,
+            dataset,
+            transform=inputs.eval_transform(config, dataset),
+            batch_size=config.data.eval_batch_size or config.data.batch_size,
+            summarize=task.score,
+        )
+    return ScoredFaces(step, config, variables, model, task, dataset, scored)
+
+
+def load_run(
+    workdir: epath.PathLike, *, step: int | None = None, raw: bool = False, overrides: Sequence[str] = ()
+) -> tuple[int, ml_collections.FrozenConfigDict, dict[str, Any]]:
+    """A checkpoint of a run: its step, the run's config, and the model's variables; see `score_run`."""
+    directory = epath.Path(workdir) / "checkpoints"
+    step, state, saved = read_state(directory, step, only=("params", "model_state", "ema"))
+    averaged = bool(state.get("ema")) and not raw
+    variables = state["ema"] if averaged else {"params": state["params"], **state.get("model_state", {})}
+    print(f"{directory / str(step)}{', running averages' * averaged}", file=sys.stderr)
+    return step, config_lib.overlay(saved, overrides), variables
 
 
 @dataclasses.dataclass(frozen=True)

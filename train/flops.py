@@ -19,7 +19,7 @@ def training_flops(program: Program, batch: dict[str, jax.Array]) -> int:
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     prepared = jax.eval_shape(program.task.prepare, batch, key)
-    variables = program.abstract_state.variables()
+    variables = program.abstract_state.training_variables()
 
     def forward(variables, batch, key):
         return program.task.loss(program.model, variables, batch, key)[0]

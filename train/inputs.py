@@ -6,7 +6,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from train import augment, data, program, raster, recall, sources, text
+from train import augment, data, faces, program, raster, recall, sources, text
+from train.face_set import ABOUT, FaceSet
+from train.identities import IdentityOrder
 from train.sequences import SequenceSet
 from train.sources import Dataset
 from zoo import preprocess, registry
@@ -14,15 +16,18 @@ from zoo.sequence.sequence_model import SequenceModel
 
 
 def open_dataset(config: ml_collections.ConfigDict, split: str) -> Dataset | SequenceSet:
-    """One split of the data that a config names: images, or for `task = "next_token"` sequences.
+    """One split of the data that a config names: images, for `task = "verification"` of people, else sequences.
 
     Sequences are text (`train.text`), a generated task (`train.recall`), or with `"raster:NAME"` the pixels of images.
 
     Raises:
-        ValueError, FileNotFoundError, NotImplementedError: as `train.sources.open_source`, `train.text.open_text` and
-            `train.recall.open_task` do; the config's key is named where one is missing.
+        ValueError, FileNotFoundError, NotImplementedError: as `train.sources.open_source`, `train.faces.open_faces`,
+            `train.text.open_text` and `train.recall.open_task` do; the config's key is named where one is missing.
     """
     wanted = config.data
+    if config.task == "verification":
+        dataset = faces.open_faces(wanted.name, split=split, path=wanted.path, **wanted.options)
+        return dataclasses.replace(dataset, channels=len(wanted.mean))
     if config.task == "classify":
         dataset = sources.open_source(wanted.name, split=split, path=wanted.path)
         return dataclasses.replace(dataset, channels=len(wanted.mean))
@@ -81,15 +86,47 @@ def train_transform(config: ml_collections.ConfigDict, dataset: Dataset | Sequen
     return augment.random_crop_pad(size, pad=settings.pad_crop, rotate=settings.rotate, **common)
 
 
+def train_order(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> data.Order | None:
+    """For verification the batches of `config.verification`, else None.
+
+    Raises:
+        ValueError: for batches that the data set cannot fill, see `train.identities.IdentityOrder`.
+    """
+    if not isinstance(dataset, FaceSet):
+        return None
+    settings = config.verification
+    return IdentityOrder(
+        dataset.labels,
+        dataset.twins,
+        batch_size=config.data.batch_size,
+        parts=config.accum_steps,
+        images=settings.images_per_identity,
+        twin_share=settings.twin_share,
+        seed=config.seed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithEntries:
+    """A transform of images that hands on other entries of an example as they are."""
+
+    transform: data.EvalTransform
+    names: tuple[str, ...]
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
+        return {**self.transform(example), **{name: example[name] for name in self.names}}
+
+
 def eval_transform(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> data.EvalTransform:
     """The preprocessing of evaluation: resize and crop; of sequences none."""
     if isinstance(dataset, SequenceSet):
         return _as_it_is
     settings = config.data
     size = program.image_size(config, dataset)
-    return preprocess.eval_transform(
+    transform = preprocess.eval_transform(
         size, settings.crop_pct, settings.interpolation, crop_mode=settings.crop_mode, mean=settings.mean
     )
+    return _WithEntries(transform, ABOUT) if isinstance(dataset, FaceSet) else transform
 
 
 def eval_splits(config: ml_collections.ConfigDict) -> dict[str, str]:

@@ -16,14 +16,18 @@ from train import checkpoint, data, flops, metrics, progress, sources, start
 from train import config as config_lib
 from train import program as program_lib
 from train.evaluate import evaluate
-from train.inputs import eval_splits, eval_transform, open_dataset, train_transform
+from train.face_set import FaceSet, check_strangers
+from train.inputs import eval_splits, eval_transform, open_dataset, train_order, train_transform
 from train.sequences import SequenceSet
 from train.sharding import check_batch, place_batch
 from train.step import TrainState
+from train.verification_metrics import pairs_to_verify
 
 # Steps dispatched ahead of the device: enough to hide the host, few enough to bound memory.
 STEPS_IN_FLIGHT = 2
 CONFIG_FILE = "config.json"
+# Of an evaluation, what is for metrics.jsonl alone: ends of intervals, numbers of pairs, thresholds.
+DETAILS = ("_low", "_high", "_pairs", "_threshold")
 
 
 class TrainingError(RuntimeError):
@@ -38,6 +42,7 @@ class Run:
     workdir: epath.Path
     train_set: sources.Dataset | SequenceSet
     eval_sets: dict[str, sources.Dataset | SequenceSet]
+    order: data.Order | None
     program: program_lib.Program
     checkpoints: checkpoint.Checkpoints
     state: TrainState
@@ -58,8 +63,9 @@ def prepare(config: ml_collections.FrozenConfigDict, workdir: str) -> Run:
         FileNotFoundError: for data that is not there.
         CheckpointError: for a workdir that cannot be written, or that holds no good checkpoint but bad ones.
     """
-    meter = metrics.Meter("images" if config.task == "classify" else "tokens")
+    meter = metrics.Meter("tokens" if config.task == "next_token" else "images")
     train_set, eval_sets = _open_data(config)
+    order = train_order(config, train_set)
     program = program_lib.build(config, train_set)
     if eval_sets:
         check_batch("config.data.eval_batch_size", _eval_batch_size(config), program.mesh)
@@ -82,6 +88,7 @@ def prepare(config: ml_collections.FrozenConfigDict, workdir: str) -> Run:
         workdir=workdir,
         train_set=train_set,
         eval_sets=eval_sets,
+        order=order,
         program=program,
         checkpoints=checkpoints,
         state=state,
@@ -119,6 +126,7 @@ def train(run: Run) -> dict[str, Any]:
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         repeats=config.data.repeats,
+        order=run.order,
     )
     key = jax.jit(functools.partial(jax.random.key, config.seed), out_shardings=program.replicated)()
     saved_config = config_lib.plain(config)
@@ -153,7 +161,8 @@ def train(run: Run) -> dict[str, Any]:
             bar.advance(step)
             ends = step == last
             log, save = ends or step % config.log_every == 0, ends or run.checkpoints.should_save(step)
-            if log or save:
+            scored = run.eval_sets and (ends or (config.eval_every and step % config.eval_every == 0))
+            if log or save or scored:
                 with meter.phase("step"):
                     host = _finite(jax.device_get(values), run)
                 if log:
@@ -161,10 +170,10 @@ def train(run: Run) -> dict[str, Any]:
                     line = {f"train/{name}": value for name, value in host.items()}
                     writer.write(step, line | speed | meter.seconds_by_phase())
                     bar.update(step, host | speed)
-            if run.eval_sets and (ends or (config.eval_every and step % config.eval_every == 0)):
+            if scored:
                 evaluated = _evaluate(run, state, bar)
                 writer.write(step, {f"eval/{name}": value for name, value in evaluated.items()})
-                bar.report(step, evaluated)
+                bar.report(step, {k: v for k, v in evaluated.items() if not k.endswith(DETAILS)})
             if save:
                 writer.flush()
                 bar.phase("saving")
@@ -186,14 +195,28 @@ def _open_data(
     """The training split, and the splits to evaluate by the name that their metrics get."""
     train_set = open_dataset(config, config.data.split)
     eval_sets = {name: open_dataset(config, split) for name, split in eval_splits(config).items()}
-    field, what = ("num_classes", "classes") if config.task == "classify" else ("vocab_size", "tokens")
+    field, what = ("vocab_size", "tokens") if config.task == "next_token" else ("num_classes", "classes")
     for dataset in (train_set, *eval_sets.values()):
         if len(dataset) == 0:
             raise ValueError(f"{dataset.name} holds no examples")
+        if isinstance(dataset, FaceSet):
+            if dataset is not train_set:
+                check_strangers(train_set, dataset)
+                _check_pairs(config, dataset)
+            continue
         found, wanted = getattr(dataset, field), getattr(train_set, field)
         if found != wanted:
             raise ValueError(f"{dataset.name} has {found} {what}, {train_set.name} has {wanted}")
     return train_set, eval_sets
+
+
+def _check_pairs(config: ml_collections.FrozenConfigDict, dataset: FaceSet) -> None:
+    """Raises `ValueError` for faces that could not be scored after training, before it begins."""
+    try:
+        of_images = (values[dataset.labels] for values in (dataset.twins, dataset.hard, dataset.validation))
+        pairs_to_verify(dataset.labels, *of_images, max_impostors=config.verification.max_impostors)
+    except ValueError as error:
+        raise ValueError(f"the {dataset.name} cannot be scored: {error}") from error
 
 
 def _eval_batch_size(config: ml_collections.FrozenConfigDict) -> int:

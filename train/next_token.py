@@ -32,6 +32,9 @@ class NextToken:
     packed: bool = True
     state: tuple[str, ...] = ()
 
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        return {}
+
     def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
         return batch
 

@@ -25,11 +25,14 @@ SCHEDULES: dict[str, Callable[[Float[Array, "*n"], int, int], Float[Array, "*n"]
 
 # The direction of a step, before weight decay and learning rate; what comes after the decay.
 OPTIMIZERS: dict[str, Callable[[ml_collections.ConfigDict], tuple[optax.GradientTransformation, ...]]] = {
+    "adam": lambda c: (optax.scale_by_adam(c.b1, c.b2, c.eps), optax.identity()),
     "adamw": lambda c: (optax.scale_by_adam(c.b1, c.b2, c.eps), optax.identity()),
     "lamb": lambda c: (optax.scale_by_adam(c.b1, c.b2, c.eps), optax.scale_by_trust_ratio()),
     "muon": lambda c: (_muon(c), optax.identity()),
     "sgd": lambda c: (optax.trace(c.momentum), optax.identity()),
 }
+# Names of what is a vector for every layer, however many layers an array holds.
+VECTORS = ("bias", "scale")
 # With it a step of Muon is about as large, entry by entry, as one of Adam: both share learning rate and decay.
 MUON_RMS = 0.2
 
@@ -43,16 +46,18 @@ def make(
     num_layers: int = 0,
     no_decay: Sequence[str] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer that a config describes: clip, direction, decoupled weight decay, learning rate.
+    """The optimizer that a config describes: clip, direction, weight decay, learning rate.
 
     One step is `p -= lr_t * s * (d + weight_decay * p)`, where d is the direction (Adam's, LAMB's before its
-    trust ratio, Muon's, or the momentum of the clipped gradient) and `s = layer_decay ** (num_layers - layer)`. The
-    decay of `sgd` is decoupled too, unlike torch's, and its momentum is the plain one. LAMB scales every
-    parameter by its trust ratio, those without decay too.
+    trust ratio, Muon's, or the momentum of the clipped gradient) and `s = layer_decay ** (num_layers - layer)`: the
+    decay is decoupled. The one of `adam` alone is not: `weight_decay * p` is added to the clipped gradient, as in
+    torch's Adam. The decay of `sgd` is decoupled too, unlike torch's, and its momentum is the plain one. LAMB scales
+    every parameter by its trust ratio, those without decay too.
 
     Muon moves the kernels of two dimensions but those of heads (a part of their path begins with "head") by
     `0.2 * sqrt(max(shape))` times the orthogonal factor of their Nesterov momentum, which five Newton-Schulz
-    steps approximate; a kernel that makes query, key and value at once is one matrix. Adam moves all others.
+    steps approximate; a kernel that makes query, key and value at once is one matrix, one of three dimensions is a
+    stack of matrices, one for every group. Adam moves all others.
     Source: Jordan et al., https://kellerjordan.github.io/posts/muon; the scale: arXiv:2502.16982, section 2.2.
 
     The state is a tree of tuples: int32 counts, Muon's three coefficients, and trees of the structure, shapes and
@@ -81,10 +86,10 @@ def make(
         if not any(re.search(pattern, path) for path in paths):
             raise ValueError(f"optim.no_decay: {pattern!r} matches no parameter, such as {paths[0]!r}")
     rate = schedule(config, total_steps)
+    decay = optax.add_decayed_weights(config.weight_decay, decay_mask(params, (*config.no_decay, *no_decay)))
     transformation = optax.chain(
         optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
-        direction,
-        optax.add_decayed_weights(config.weight_decay, decay_mask(params, (*config.no_decay, *no_decay))),
+        *((decay, direction) if config.name == "adam" else (direction, decay)),
         finish,
         _scale_layers(config.layer_decay, params, layer_id, num_layers),
         optax.scale_by_learning_rate(rate),
@@ -96,13 +101,13 @@ def _muon(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     def mover(path, leaf):
         parts = path_of(path).split("/")
         hidden = parts[-1] == "kernel" and not any(part.startswith("head") for part in parts)
-        return "muon" if leaf.ndim == 2 and hidden else "adam"
+        return "muon" if leaf.ndim in (2, 3) and hidden else "adam"
 
     def axes(params):
-        return jax.tree.map(lambda leaf: optax.contrib.MuonDimensionNumbers(), params)
+        return jax.tree.map(lambda leaf: optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1), params)
 
     def rescale(updates, params):
-        return jax.tree.map(lambda update: MUON_RMS * math.sqrt(max(update.shape)) * update, updates)
+        return jax.tree.map(lambda update: MUON_RMS * math.sqrt(max(update.shape[-2:])) * update, updates)
 
     orthogonal = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=axes)
     return optax.partition(
@@ -141,10 +146,15 @@ def schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Sched
 
 
 def decay_mask(params: Any, no_decay: Sequence[str] = ()) -> Any:
-    """True for the parameters that weight decay shrinks: 2 or more dimensions, no regex found in the path."""
+    """True for the parameters that weight decay shrinks: kernels and tables with no regex found in their path.
+
+    What has one dimension is not decayed, nor biases and scales of several layers that are stacked into one array.
+    """
 
     def decays(path, leaf):
-        return leaf.ndim >= 2 and not any(re.search(pattern, path_of(path)) for pattern in no_decay)
+        name = path_of(path)
+        vector = leaf.ndim < 2 or name.rsplit("/", 1)[-1] in VECTORS
+        return not vector and not any(re.search(pattern, name) for pattern in no_decay)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import zoo
 from train import optim, sharding, step, tasks
+from train.face_set import FaceSet
 from train.sequences import SequenceSet
 from train.sources import Dataset
 from zoo import registry
@@ -49,8 +50,8 @@ class Program:
 def build_model(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> nn.Module:
     """The model that a config names, made for the data.
 
-    An image model has the data's classes and image size, and the channels of `data.mean`; a sequence model the data's
-    vocabulary and length.
+    An image model has the data's classes (none for verification) and image size, and the channels of `data.mean`; a
+    sequence model the data's vocabulary and length.
 
     Raises:
         ValueError: for a model of images and data of sequences, or the other way round.
@@ -69,7 +70,9 @@ def build_model(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSe
             fields |= dict(source_vocab_size=dataset.vocab_size, source_length=dataset.source_length)
     else:
         shape = image_size(config, dataset)
-        fields |= dict(image_size=shape, num_classes=dataset.num_classes, in_chans=len(config.data.mean))
+        # Who is in training is no class of the model: it gives embeddings of anyone.
+        classes = 0 if isinstance(dataset, FaceSet) else dataset.num_classes
+        fields |= dict(image_size=shape, num_classes=classes, in_chans=len(config.data.mean))
     model = zoo.create_model(config.model.name, **{**fields, **config.model.overrides})
     if isinstance(dataset, SequenceSet) and dataset.packed and dataset.align % model.segment_multiple:
         raise ValueError(
@@ -106,10 +109,17 @@ def build(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> 
     task = jax.device_put(tasks.make(config, model, dataset), replicated)
     family = registry.family_of(config.model.name)
     inputs = {name: jnp.zeros(like.shape, like.dtype) for name, like in model.example_inputs().items()}
-    params = abstract_variables(model)["params"]
+    beside = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    params = step.trained(abstract_variables(model)["params"], beside)
     layer_of, last_layer = family.layers(model)
-    optimizer, schedule = optim.make(config.optim, config.total_steps, params, layer_id=layer_of, num_layers=last_layer)
-    init = functools.partial(step.init_state, model, optimizer, inputs, seed=config.seed, ema=config.ema > 0)
+    optimizer, schedule = optim.make(
+        config.optim,
+        config.total_steps,
+        params,
+        layer_id=lambda path: last_layer if path.startswith(f"{tasks.TASK}/") else layer_of(path),
+        num_layers=last_layer,
+    )
+    init = functools.partial(step.init_state, model, optimizer, inputs, seed=config.seed, ema=config.ema > 0, task=task)
     precise = functools.partial(_with_precision, config.matmul_precision)
     abstract = jax.eval_shape(init)
     places = sharding.state_shardings(abstract, family.sharding_rules, mesh)

@@ -13,7 +13,7 @@ FREE: dict[str, type | None] = {"model.overrides": None, "data.extra_eval": str,
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("classify", "next_token"),
+    "task": ("classify", "next_token", "verification"),
     "data.packing": ("packed", "stream"),
     "model.resize": ("bilinear", "bicubic", "geometric"),
     "data.crop_mode": ("center", "squash", "border"),
@@ -21,7 +21,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "augment.interpolation": (*INTERPOLATIONS, "random"),
     "augment.erase_mode": ("pixel", "rand", "const"),
     "distill.kind": ("hard", "soft"),
-    "optim.name": ("adamw", "lamb", "muon", "sgd"),
+    "verification.loss": ("arcface", "cosface", "adaface"),
+    "verification.negative": ("hardest", "twin"),
+    "optim.name": ("adam", "adamw", "lamb", "muon", "sgd"),
     "optim.schedule": ("cosine", "linear", "constant", "rsqrt"),
     "dtype": ("float32", "bfloat16", "float64"),
     "param_dtype": ("float32", "bfloat16", "float64"),
@@ -42,12 +44,14 @@ def default() -> ml_collections.ConfigDict:
                 "name": "",  # as in zoo.list_models()
                 "overrides": {},  # fields of the model that differ from its variant, e.g. drop_path_rate
                 "weights": placeholder(str),  # start from: a file, a checkpoint directory, a full tag; None: fresh
-                "resize": "bilinear",  # of weights made for another image size
+                "backbone": "",  # a ViT, or its full tag, of which `weights` are (None: the tag's); "": of `name`
+                "resize": placeholder(str),  # of weights made for another image size; None: as their own code does
             },
             "task": "classify",  # what is learned: loss and metrics
             "data": {
                 # Images: "digits", "folder", "tfds:NAME", or "tfds" with data.path a prepared directory. Sequences:
-                # "stdlib", "files", "tfds:NAME", "tfds", or a generated task, see train.text and train.recall.
+                # "stdlib", "files", "tfds:NAME", "tfds", or a generated task, see train.text and train.recall. Faces:
+                # "twins" or "people", see train.faces; their eval_split is "validation+test".
                 "name": "",
                 "split": "train",
                 "eval_split": placeholder(str),  # its metrics are called test_*; None: none
@@ -100,10 +104,23 @@ def default() -> ml_collections.ConfigDict:
                 "alpha": 0.5,  # share of the teacher in the loss
                 "temperature": 1.0,  # "soft": divides the logits
             },
+            "verification": {  # task "verification", see train.verification and train.identities
+                "loss": "arcface",
+                "scale": 64.0,
+                "margin": placeholder(float),  # None: 0.5 of arcface, 0.35 of cosface, 0.4 of adaface
+                "easy_margin": False,  # arcface
+                "triplet_weight": 0.1,
+                "triplet_margin": 0.5,
+                "negative": "hardest",  # of a triplet: the hardest of all others, or the twin if it is in the batch
+                "images_per_identity": 4,  # in a batch
+                "twin_share": 0.75,  # of a batch's people, how many are there together with their twins
+                "max_impostors": 100000,  # evaluation: pairs of people who are no twins, drawn where there are more
+                "replicates": 1000,  # evaluation: of the bootstrap; 0: no confidence intervals
+            },
             "optim": {
                 "name": "adamw",
                 "lr": 1e-3,  # at the end of the warm-up
-                "weight_decay": 0.0,  # decoupled, times the learning rate; parameters of 2 or more dimensions
+                "weight_decay": 0.0,  # decoupled but for adam, times the learning rate; kernels and tables
                 "no_decay": (),  # regexes of parameter paths that are not decayed either
                 "clip_norm": placeholder(float),  # largest global norm of the gradient; None: no clipping
                 "schedule": "cosine",  # see train.optim.schedule
@@ -111,9 +128,9 @@ def default() -> ml_collections.ConfigDict:
                 "warmup_lr": 0.0,
                 "end_lr": 0.0,  # floor
                 "cooldown_steps": 0,  # steps at the floor at the end, part of total_steps
-                "b1": 0.9,  # adamw, lamb, muon
-                "b2": 0.999,  # adamw, lamb, muon
-                "eps": 1e-8,  # adamw, lamb, muon
+                "b1": 0.9,  # adam, adamw, lamb, muon
+                "b2": 0.999,  # adam, adamw, lamb, muon
+                "eps": 1e-8,  # adam, adamw, lamb, muon
                 "momentum": 0.9,  # sgd; muon, whose authors take 0.95
                 "layer_decay": 1.0,  # learning rate of layer i times layer_decay ** (layers - i)
             },
@@ -161,6 +178,15 @@ _RANGES = (
     (("optim.warmup_steps", "optim.cooldown_steps"), "at least 0", lambda v: v >= 0),
     (("augment.pad_crop", "augment.color_jitter"), "at least 0", lambda v: v >= 0),
     (("augment.mixup", "augment.cutmix"), "at least 0", lambda v: v >= 0),
+    (("verification.scale",), "above 0", lambda v: v > 0),
+    (
+        ("verification.margin", "verification.triplet_weight", "verification.triplet_margin"),
+        "at least 0",
+        lambda v: v >= 0,
+    ),
+    (("verification.images_per_identity", "verification.max_impostors"), "at least 1", lambda v: v >= 1),
+    (("verification.replicates",), "at least 0", lambda v: v >= 0),
+    (("verification.twin_share",), "in [0, 1]", lambda v: 0 <= v <= 1),
     (("augment.rotate",), "in [0, 180]", lambda v: 0 <= v <= 180),
     (("distill.alpha",), "in [0, 1]", lambda v: 0 <= v <= 1),
     (("distill.temperature",), "above 0", lambda v: v > 0),
@@ -201,7 +227,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     problems += [
         f"unknown {path} {values[path]!r}{nearest(values[path], names)}"
         for path, names in CHOICES.items()
-        if values[path] not in names
+        if values[path] is not None and values[path] not in names
     ]
     problems += [f"{path} is not set" for path in ("model.name", "data.name", "total_steps") if not values[path]]
     problems += [
@@ -222,8 +248,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for path in ("warmup_lr", "end_lr"):
         if optim[path] > optim.lr:
             problems.append(f"optim.{path} {optim[path]} must be at most optim.lr {optim.lr}")
-    if config.task == "next_token" and config.distill.teacher:
-        problems.append(f"distill.teacher {config.distill.teacher!r} teaches classes; task 'next_token' has none")
+    if config.task != "classify" and config.distill.teacher:
+        problems.append(f"distill.teacher {config.distill.teacher!r} teaches classes; task {config.task!r} has none")
+    if config.task == "verification":
+        problems += _verification_problems(config)
     if len(data.mean) != len(data.std):
         problems.append(f"data.mean {data.mean} and data.std {data.std} must have a number per channel each")
     if augment.random_resized_crop and augment.pad_crop:
@@ -237,6 +265,38 @@ def validate(config: ml_collections.ConfigDict) -> None:
             problems.append(f"optim.no_decay: {pattern!r} is not a regular expression: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _verification_problems(config: ml_collections.ConfigDict) -> list[str]:
+    """What does not go together in a verification."""
+    settings, augment, problems = config.verification, config.augment, []
+    multiple = config.accum_steps * settings.images_per_identity
+    if multiple >= 1 and config.data.batch_size % multiple:
+        problems.append(
+            f"data.batch_size {config.data.batch_size} must be a multiple of accum_steps times "
+            f"verification.images_per_identity, {multiple}"
+        )
+    if settings.triplet_weight and settings.images_per_identity == 1:
+        problems.append(
+            "verification.images_per_identity 1 leaves triplets without positives; set it to 2 or more, or "
+            "verification.triplet_weight to 0"
+        )
+    # What a config of classes says of these would otherwise be dropped without a word.
+    for name in ("mixup", "cutmix", "erase_prob"):
+        if augment[name]:
+            problems.append(f"augment.{name} {augment[name]} is for classes; task 'verification' takes 0")
+    if config.loss.label_smoothing:
+        problems.append(f"loss.label_smoothing {config.loss.label_smoothing} is for classes; 'verification' takes 0")
+    if settings.easy_margin and settings.loss != "arcface":
+        problems.append(f"verification.easy_margin is of arcface; {settings.loss!r} takes False")
+    if config.model.overrides.get("num_classes"):
+        problems.append(
+            f"model.overrides.num_classes {config.model.overrides.num_classes}: task 'verification' compares "
+            "embeddings and brings the people's weights itself; leave it out"
+        )
+    if config.data.repeats != 1:
+        problems.append(f"data.repeats {config.data.repeats} has no meaning for batches of identities; it must be 1")
+    return problems
 
 
 def flatten(config: ml_collections.ConfigDict | Mapping, prefix: str = "") -> dict[str, Any]:

@@ -171,7 +171,8 @@ class FolderSource:
         return {"image": file.read_bytes(), "label": self.labels[index], "file": str(file)}
 
 
-def _subdirectories(directory: epath.Path) -> list[str]:
+def subdirectories(directory: epath.Path) -> list[str]:
+    """Names of the directories in a directory, sorted, hidden ones left out."""
     entries = (entry for entry in directory.iterdir() if not entry.name.startswith("."))
     return sorted(entry.name for entry in entries if entry.is_dir())
 
@@ -179,10 +180,10 @@ def _subdirectories(directory: epath.Path) -> list[str]:
 def _open_folder(root: epath.Path, split: str) -> Dataset:
     if not root.is_dir():
         raise FileNotFoundError(f"data path {str(root)!r} is not a directory; {LAYOUT}")
-    known = _subdirectories(root)
+    known = subdirectories(root)
     if split not in known:
         raise ValueError(f"{splits.unknown_split(split, known, f'the folder {str(root)!r}')}; {LAYOUT}")
-    classes = _subdirectories(root / split)
+    classes = subdirectories(root / split)
     if not classes:
         raise ValueError(f"{str(root / split)!r} has no class directory; {LAYOUT}")
     for other in known:
@@ -214,7 +215,7 @@ def _open_folder(root: epath.Path, split: str) -> Dataset:
 
 
 def _check_same_classes(root: epath.Path, split: str, classes: list[str], other: str) -> None:
-    other_classes = _subdirectories(root / other)
+    other_classes = subdirectories(root / other)
     if not other_classes or other_classes == classes:
         return
     differences = []

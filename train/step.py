@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Key
 
 from train.optim import ema_update, gradient_norm
-from train.tasks import Batch, Task
+from train.tasks import TASK, Batch, Task
 
 
 @flax.struct.dataclass
@@ -25,6 +25,8 @@ class TrainState:
         opt_state: the optimizer's state.
         ema: running average of `params` and `model_state`, `{}` where it is off.
         nonfinite_step: int32, the first step whose loss or gradient was not finite, -1 while there is none.
+        task: what the task has beside the model (`Task.init`), `params` and `state`; `{}` where it has nothing. Never
+            averaged, and no part of a model that is saved for use.
     """
 
     step: Any
@@ -33,6 +35,7 @@ class TrainState:
     opt_state: Any
     ema: Any
     nonfinite_step: Any
+    task: Any = flax.struct.field(default_factory=dict)
 
     def variables(self, averaged: bool = False) -> dict[str, Any]:
         """What `model.apply` takes; with `averaged` the running averages where they are kept."""
@@ -40,9 +43,27 @@ class TrainState:
             return self.ema
         return {"params": self.params, **self.model_state}
 
+    def training_variables(self) -> dict[str, Any]:
+        """What `Task.loss` takes: `variables()`, and what the task has itself under the name `TASK`."""
+        if not self.task:
+            return self.variables()
+        params = trained(self.params, self.task)
+        return {"params": params, **self.model_state, TASK: self.task["state"]}
+
+
+def trained(params: Any, task: Any) -> Any:
+    """All that the optimizer moves: the model's parameters and, under the name `TASK`, those of the task."""
+    return {**params, TASK: task["params"]} if task else params
+
 
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, inputs: dict[str, Any], *, seed: int, ema: bool
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    inputs: dict[str, Any],
+    *,
+    seed: int,
+    ema: bool,
+    task: Task | None = None,
 ):
     """The state before the first step; a pure function of its arguments, to be jitted with shardings.
 
@@ -52,18 +73,21 @@ def init_state(
         inputs: arguments of the model by name (shapes and dtypes matter, values do not).
         seed: of the initial parameters.
         ema: whether running averages are kept.
+        task: what is trained; None for one that has nothing beside the model.
     """
     model_state = dict(model.init(jax.random.key(seed), **inputs))
     params = model_state.pop("params")
+    beside = {} if task is None else task.init(jax.random.fold_in(jax.random.key(seed), 1))
     # A copy, lest two leaves of a donated state share a buffer.
     average = jax.tree.map(jnp.copy, {"params": params, **model_state}) if ema else {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         model_state=model_state,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(trained(params, beside)),
         ema=average,
         nonfinite_step=jnp.full((), -1, jnp.int32),
+        task=beside,
     )
 
 
@@ -108,18 +132,21 @@ def make_train_step(
         prepare_key, model_key = jax.random.split(jax.random.fold_in(key, state.step))
         batch = task.prepare(batch, prepare_key)
         compute = gradients if accum_steps == 1 else accumulated
-        grads, metrics, model_state = compute(task, state.params, state.model_state, batch, model_key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        model_state = state.training_variables()
+        params = model_state.pop("params")
+        grads, metrics, model_state = compute(task, params, model_state, batch, model_key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
         grad_norm = gradient_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         step = state.step + 1
+        beside = {"params": params.pop(TASK), "state": model_state.pop(TASK)} if state.task else {}
         metrics = {**metrics, "grad_norm": grad_norm, "lr": schedule(state.step)}
         ema = state.ema
         if ema_decay:
             ema = ema_update(ema, {"params": params, **model_state}, ema_decay, state.step)
         first = jnp.where((state.nonfinite_step < 0) & ~finite, step, state.nonfinite_step)
         metrics["nonfinite_step"] = first
-        return TrainState(step, params, model_state, opt_state, ema, first), metrics
+        return TrainState(step, params, model_state, opt_state, ema, first, beside), metrics
 
     return train_step

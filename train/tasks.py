@@ -13,12 +13,17 @@ from jaxtyping import Array, Float, Key
 
 import zoo
 from train.distill import distillation_loss
+from train.face_set import FaceSet
 from train.mixing import mixup_cutmix, normalize, one_hot_smooth, random_erase
 from train.next_token import NextToken
 from train.sequences import SequenceSet
 from train.sources import Dataset
+from train.verification import TASK, Verification
 from zoo import registry
+from zoo.dcal import DCAL
 from zoo.pretrained import abstract_variables
+
+__all__ = ["TASK", "Batch", "Classify", "Distill", "Task", "make", "without_teacher"]
 
 Variables = Any
 Batch = dict[str, Array]
@@ -32,17 +37,24 @@ class Task(Protocol):
     A task is a pytree, an argument of the compiled step, so that arrays which it holds are no constants there.
     """
 
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """What it has beside the model: `params`, trained, and `state`, which `loss` updates; `{}` for nothing."""
+
     def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
         """The batch as the model sees it (augmentation that runs on the device)."""
 
     def loss(self, model: nn.Module, variables: Variables, batch: Batch, key: Key[Array, ""]):
-        """The mean loss over a prepared batch, then `(metrics, new model state)`."""
+        """The mean loss over a prepared batch, then `(metrics, new model state)`.
+
+        In `variables` the task's own params are those of `params[TASK]`, and its state is under `TASK`, as it is in the
+        new model state.
+        """
 
     def evaluate(self, model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
-        """Sums over the unmasked examples of a batch."""
+        """Sums over the unmasked examples of a batch, and arrays of a row for every example, masked ones too."""
 
     def summarize(self, totals: dict[str, Any]) -> dict[str, float]:
-        """The metrics of a whole data set, from the sums over all its batches."""
+        """The metrics of a whole data set, from the sums over all its batches, and all their rows in order."""
 
 
 @jax.tree_util.register_static
@@ -50,7 +62,7 @@ class Task(Protocol):
 class Classify:
     """Image classification by softmax cross-entropy, with soft targets where mixing or smoothing is on.
 
-    A model of several heads returns the logits of each in training; the loss is then the mean over the heads.
+    A model of several heads returns the logits of each in training, and its `join_losses` makes one loss of theirs.
 
     Attributes:
         num_classes: classes.
@@ -89,6 +101,9 @@ class Classify:
             dtype=jnp.dtype(config.dtype),
         )
 
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        return {}
+
     def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
         images = normalize(batch["image"], self.mean, self.std)
         if self.erase_mode is not None:
@@ -111,15 +126,15 @@ class Classify:
             variables, batch["image"], train=True, rngs={"dropout": key}, mutable=["batch_stats"]
         )
         heads = jax.tree.map(lambda logits: logits.astype(jnp.float32), heads)
-        loss = self.objective(heads, batch)
+        losses = self.losses(heads, batch)
+        loss = losses[0] if len(losses) == 1 else model.apply(variables, losses, method="join_losses")
         logits = sum(heads) / len(heads) if isinstance(heads, tuple) else heads
         accuracy = (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32)
         return loss, ({"loss": loss, "accuracy": accuracy}, state)
 
-    def objective(self, heads: Logits, batch: Batch) -> Float[Array, ""]:
-        """The mean loss over a batch, from the logits of the model's head or heads."""
-        losses = [optax.softmax_cross_entropy(logits, batch["target"]).mean() for logits in jax.tree.leaves(heads)]
-        return sum(losses) / len(losses)
+    def losses(self, heads: Logits, batch: Batch) -> list[Float[Array, ""]]:
+        """The mean losses over a batch, of each of the model's heads."""
+        return [optax.softmax_cross_entropy(logits, batch["target"]).mean() for logits in jax.tree.leaves(heads)]
 
     def evaluate(self, model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
         images = normalize(batch["image"], self.mean, self.std).astype(self.dtype)
@@ -174,13 +189,16 @@ class Distill(Classify):
         logits = self.teacher.apply(self.teacher_variables, images.astype(self.dtype))
         return {**prepared, "teacher": logits.astype(jnp.float32)}
 
-    def objective(self, heads: Logits, batch: Batch) -> Float[Array, ""]:
+    def losses(self, heads: Logits, batch: Batch) -> list[Float[Array, ""]]:
+        """One loss, in which the last of two heads is the one that is taught."""
         how = dict(kind=self.kind, alpha=self.alpha, temperature=self.temperature)
-        return distillation_loss(heads, batch["target"], batch["teacher"], **how)
+        return [distillation_loss(heads, batch["target"], batch["teacher"], **how)]
 
 
 def without_teacher(config: ml_collections.ConfigDict, model: nn.Module, dataset: Dataset | SequenceSet) -> Task:
     """The task that a config describes, but for a classifier's teacher: all that evaluation needs."""
+    if isinstance(dataset, FaceSet):
+        return Verification.from_config(config, model, dataset)
     if not isinstance(dataset, SequenceSet):
         return Classify.from_config(config, model.num_classes)
     return NextToken(
@@ -201,6 +219,8 @@ def make(config: ml_collections.FrozenConfigDict, model: nn.Module, dataset: Dat
     settings = config.distill
     if not settings.teacher:
         return task
+    if isinstance(model, DCAL):
+        raise ValueError(f"config.distill.teacher {settings.teacher!r}: the branches of DCAL learn from labels alone")
     name, tag = registry.split_tag(settings.teacher)
     teacher, variables, _ = zoo.load_pretrained(
         settings.teacher, settings.weights, image_size=model.image_size, dtype=task.dtype

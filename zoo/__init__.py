@@ -1,7 +1,7 @@
 """Attention models for JAX: build one by name, load its published weights, look inside."""
 
 # Importing a family registers it.
-from zoo import biformer, care, davit, maxvit, routing_transformer, sequence
+from zoo import ahan, biformer, care, davit, dcal, maxvit, routing_transformer, sequence, vit
 from zoo.cards import model_card
 from zoo.conversion import convert
 from zoo.errors import WeightsError
@@ -16,12 +16,14 @@ from zoo.watch import attention_maps
 
 __all__ = [
     "WeightsError",
+    "ahan",
     "attention_maps",
     "biformer",
     "care",
     "convert",
     "create_model",
     "davit",
+    "dcal",
     "forward_intermediates",
     "generate",
     "list_models",
@@ -37,4 +39,5 @@ __all__ = [
     "save_pretrained",
     "sequence",
     "verify",
+    "vit",
 ]

@@ -71,7 +71,7 @@ def convert(
     weights: str | None = None,
     overwrite: bool = False,
     image_size: int | tuple[int, int] | None = None,
-    resize: str = "bilinear",
+    resize: str | None = None,
     **overrides: Any,
 ) -> ConvertReport:
     """Writes the weights of a model in another format, whole or not at all.

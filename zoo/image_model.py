@@ -1,7 +1,7 @@
 """What all image models share: their fields, their shape from stem to head, the image sizes that they take."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -70,6 +70,10 @@ class ImageModel(nn.Module):
         """The smallest height and width that the model takes."""
         return self.size_multiple
 
+    def join_losses(self, losses: Sequence[Float[Array, ""]]) -> Float[Array, ""]:
+        """One loss of those of the heads that the model has in training: their mean."""
+        return sum(losses) / len(losses)
+
     def drop_path_rates(self) -> list[float]:
         """The rate of every block, in order, growing linearly from 0."""
         blocks = sum(self.depths)
@@ -103,13 +107,17 @@ class ImageModel(nn.Module):
                 f"{nearest[0]}x{nearest[1]}"
             )
 
+    def check_images(self, images: Float[Array, "..."]) -> None:
+        """Raises `ValueError` for images that the model cannot take."""
+        if images.ndim != 4 or images.shape[-1] != self.in_chans:
+            raise ValueError(f"images must be (batch, height, width, {self.in_chans}), got {images.shape}")
+        self.check_image_size(*images.shape[1:3])
+
     def forward_intermediates(
         self, images: Float[Array, "B H W C"], train: bool = False
     ) -> list[Float[Array, "B h w D"]]:
         """The stem's output, then every stage's, each `(B, h, w, channels)`."""
-        if images.ndim != 4 or images.shape[-1] != self.in_chans:
-            raise ValueError(f"images must be (batch, height, width, {self.in_chans}), got {images.shape}")
-        self.check_image_size(*images.shape[1:3])
+        self.check_images(images)
         x = self.stem(images, train)
         features = [x]
         for i, blocks in enumerate(self.stages):

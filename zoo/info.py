@@ -134,8 +134,10 @@ def traced(name: str, batch: int, overrides: Mapping[str, Any]) -> tuple[ModelIn
     def note_shape(call, args, kwargs, context):
         output = call(*args, **kwargs)
         path = context.module.path
-        # A stage's last block and the model itself return last. Without a head the model has several outputs.
-        if context.method_name == "__call__" and len(path) < 2 and len(arrays := jax.tree.leaves(output)) == 1:
+        arrays = jax.tree.leaves(output)
+        # A stage's last block and the model itself return last. A block's weights come after its tokens; a model of
+        # several outputs has no head.
+        if context.method_name == "__call__" and (len(path) == 1 or (not path and len(arrays) == 1)):
             stage = _stage_of(path[0]) if path else HEAD
             # In the order of the last returns, so that what the head has in common with the embedding comes last.
             shapes.pop(stage, None)

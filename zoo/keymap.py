@@ -83,6 +83,7 @@ class Rule:
             (`{"t": {"spatial_block": 0, "channel_block": 1}}`).
         resize: For leaves whose shape follows the image size: `resize(array, shape, method)` gets the
             transformed array and gives one of that shape, or raises ValueError saying why it cannot.
+        resize_method: The method that the reference takes, where none is asked for.
     """
 
     source: str | tuple[str, ...]
@@ -90,6 +91,7 @@ class Rule:
     transform: Transform = identity
     where: Mapping[str, Any] = field(default_factory=dict)
     resize: Resize | None = None
+    resize_method: str = "bilinear"
 
     def __post_init__(self):
         names = self._target.names

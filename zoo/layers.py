@@ -291,6 +291,14 @@ def pad_to_multiple(x: Float[Array, "B H W C"], multiple: int) -> Float[Array, "
     return jnp.pad(x, ((0, 0), (0, -h % multiple), (0, -w % multiple), (0, 0)))
 
 
+def unit(vectors: Float[Array, "*shape"], axis: int = -1) -> Float[Array, "*shape"]:
+    """Vectors of length 1 along an axis, in at least float32; zeros stay zeros, with a finite gradient."""
+    vectors = vectors.astype(accumulator_dtype(vectors.dtype))
+    square = jnp.square(vectors).sum(axis, keepdims=True)
+    # No embedding is as short as this.
+    return vectors * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+
+
 def mean_of_tokens(x: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
     """Mean over height and width, summed in float32 (float64 for float64)."""
     return x.mean(axis=(1, 2), dtype=accumulator_dtype(x.dtype)).astype(x.dtype)

@@ -103,7 +103,7 @@ class Loader:
         casts, replaced, adapted, resized, absent: as in `zoo.report.LoadReport`.
     """
 
-    def __init__(self, names: Names, *, replace_classifier: bool, resize: str, dropped: Collection[str] = ()):
+    def __init__(self, names: Names, *, replace_classifier: bool, resize: str | None, dropped: Collection[str] = ()):
         self._names, self._key_map = names, names.key_map
         self._replace_classifier, self._method, self._dropped = replace_classifier, resize, dropped
         self._problems: dict[str, list[str]] = {
@@ -221,8 +221,9 @@ class Loader:
                 self.adapted[path] = f"{shape[-2]} -> {leaf.shape[-2]} channels"
                 return _adapt_channels(transform.apply(*arrays.values()), leaf.shape[-2])
             if entry.rule.resize is not None:
-                array = entry.rule.resize(transform.apply(*arrays.values()), leaf.shape, self._method)
-                self.resized[path] = f"{shape} -> {leaf.shape}, {self._method}"
+                method = self._method or entry.rule.resize_method
+                array = entry.rule.resize(transform.apply(*arrays.values()), leaf.shape, method)
+                self.resized[path] = f"{shape} -> {leaf.shape}, {method}"
                 return array
         except ValueError as error:
             why = f" ({error})"

@@ -58,7 +58,7 @@ def colour_map(values: Float[np.ndarray, "*shape"], anchors: Sequence[str] = INF
 
 def photograph(frame: Frame) -> Image.Image:
     """The picture itself with the query's place."""
-    image = _resized(frame.pixels, frame.size)
+    image = resized(frame.pixels, frame.size)
     width, height = frame.size
     x, y = round(frame.token[1] * width), round(frame.token[0] * height)
     _mark(ImageDraw.Draw(image), (x - 6, y - 6, x + 6, y + 6))
@@ -75,6 +75,12 @@ def heat(found: Any, index: int, frame: Frame) -> tuple[Image.Image, tuple[float
 def received(found: Any, index: int, frame: Frame) -> tuple[Image.Image, tuple[float, float]]:
     """What every token receives, and the least and the greatest of it."""
     return _overlaid(found, found.received()[index], np.ones(found.shape, bool), frame, None)
+
+
+def plain_heat(values: TokenHeat, frame: Frame) -> Image.Image:
+    """Values at every token over the dimmed picture, from the least to the greatest."""
+    everywhere = np.ones(values.shape, bool)
+    return _blended(frame.pixels, _scaled(values, everywhere)[0], everywhere, frame.size, INFERNO)
 
 
 def groups(found: ChannelMap, index: int, frame: Frame) -> Image.Image:
@@ -144,7 +150,8 @@ def _scaled(values: TokenHeat, reach: TokenMask) -> tuple[TokenHeat, tuple[float
     return np.clip((values - low) / spread, 0, 1) if spread else np.full_like(values, 0.5), (low, high)
 
 
-def _resized(pixels: UInt8[np.ndarray, "h w c"], size: Size) -> Image.Image:
+def resized(pixels: UInt8[np.ndarray, "h w c"], size: Size) -> Image.Image:
+    """A picture at another (width, height), in RGB; one of few pixels keeps their edges."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
     return image.resize(size, Image.Resampling.NEAREST if _is_tiny(pixels) else Image.Resampling.LANCZOS)
 
@@ -162,7 +169,7 @@ def _blended(
     smooth: bool = True,
 ) -> Image.Image:
     """The picture in dim grey, under colours that cover it the more the stronger they are."""
-    grey = np.asarray(_resized(pixels, size).convert("L"), np.float32)[..., None]
+    grey = np.asarray(resized(pixels, size).convert("L"), np.float32)[..., None]
     smooth = smooth and not _is_tiny(pixels)
     method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     strength = np.clip(np.asarray(Image.fromarray(strength.astype(np.float32)).resize(size, method)), 0, 1)

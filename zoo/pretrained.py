@@ -33,7 +33,7 @@ def load_pretrained(
     num_classes: int | None = None,
     in_chans: int | None = None,
     image_size: int | tuple[int, int] | None = None,
-    resize: str = "bilinear",
+    resize: str | None = None,
     naming: str | None = None,
     weights: str | None = None,
     seed: int = 0,
@@ -54,8 +54,9 @@ def load_pretrained(
         in_chans: None takes the source's number; another one adapts a three-channel input convolution as timm
             does: summed for one channel, else repeated and scaled by `3 / in_chans`.
         image_size: side, or (height, width), of the images in pixels; weights that depend on it are resized.
-        resize: how such weights are resized: `"bilinear"` (half-pixel centres, no antialiasing, as TensorFlow's
-            graphs do), `"bicubic"` or `"geometric"` (steps that grow geometrically from the centre, as timm's).
+        resize: how such weights are resized: `"bilinear"`, `"bicubic"` or, tables of relative positions alone,
+            `"geometric"`, see `zoo.relative_bias.resize_table` and `zoo.position_embedding.resize_positions`. None
+            does what the reference does: bilinear for tables, bicubic for position embeddings.
         naming: the source's names, a key of the family's `key_maps` or `"zoo"` for the variables' own paths;
             None detects them.
         weights: `"ema"` or `"raw"` where the source holds both; None takes the moving average, but of BiFormer's
@@ -72,7 +73,7 @@ def load_pretrained(
             the source cannot be read, or that its digest is not the tag's.
         ValueError, TypeError: for arguments that are wrong whatever the source.
     """
-    if resize not in RESIZE_METHODS:
+    if resize not in (None, *RESIZE_METHODS):
         raise ValueError(f"resize must be one of {', '.join(map(repr, RESIZE_METHODS))}, got {resize!r}")
     for argument, value, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
         if value is not None and value < least:

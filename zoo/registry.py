@@ -111,13 +111,18 @@ def families() -> tuple[Family, ...]:
     return tuple(_FAMILIES.values())
 
 
+# Names that an error lists.
+MOST_KNOWN = 60
+
+
 def nearest(name: str, known) -> str:
-    """`"; did you mean 'x'?"`, or the list of what there is when nothing is near."""
+    """`"; did you mean 'x'?"`, or the list of what there is when nothing is near, cut off where it is long."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
-    return f"; known: {', '.join(known)}"
+    more = f" and {len(known) - MOST_KNOWN:,} more" if len(known) > MOST_KNOWN else ""
+    return f"; known: {', '.join(known[:MOST_KNOWN])}{more}"
 
 
 def split_tag(name: str) -> tuple[str, str | None]:

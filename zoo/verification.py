@@ -90,7 +90,7 @@ def verify(
     num_classes: int | None = None,
     in_chans: int | None = None,
     image_size: int | tuple[int, int] | None = None,
-    resize: str = "bilinear",
+    resize: str | None = None,
     naming: str | None = None,
     weights: str | None = None,
     **overrides: Any,

@@ -254,11 +254,13 @@ class DenseMap:
 
     Attributes:
         weights: `(B, heads, N, N)`.
-        shape: height and width of the feature map; N is their product, row-major.
+        shape: height and width of the feature map, whose tokens are the last, row-major.
+        prefix: how many tokens that lie nowhere on it, such as a class token, come before them.
     """
 
     weights: Any
     shape: tuple[int, int] = _static()
+    prefix: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
     def heads(self) -> int:
@@ -266,8 +268,17 @@ class DenseMap:
         return self.weights.shape[1]
 
     def heat(self, token: Token) -> Heat:
-        """How much the token at (row, column) attends to every token: `(B, h, w)`, the mean over heads; sums to 1."""
-        return _wide(self.weights)[:, :, _flat(token, self.shape)].mean(1).reshape(-1, *self.shape)
+        """How much the token at (row, column) attends to every token: `(B, h, w)`, the mean over heads.
+
+        Sums to 1 less what goes to the tokens of the prefix.
+        """
+        return self._on_map(_wide(self.weights)[:, :, self.prefix + _flat(token, self.shape)].mean(1))
+
+    def of_prefix(self, number: int = 0) -> Heat:
+        """How much a token of the prefix, such as the class token, attends to every token of the map: `(B, h, w)`."""
+        if not 0 <= number < self.prefix:
+            raise ValueError(f"number must be from 0 and below {self.prefix}, the tokens before the map, got {number}")
+        return self._on_map(_wide(self.weights)[:, :, number].mean(1))
 
     def reach(self, token: Token) -> Reach:
         """Which tokens the token at (row, column) can attend to: all of them, `(B, h, w)`."""
@@ -275,7 +286,10 @@ class DenseMap:
 
     def received(self) -> Heat:
         """How much every token is attended to: the mean of `heat` over all tokens, `(B, h, w)`."""
-        return _wide(self.weights).mean((1, 2)).reshape(-1, *self.shape)
+        return self._on_map(_wide(self.weights)[:, :, self.prefix :].mean((1, 2)))
+
+    def _on_map(self, received: Float[np.ndarray, "B N"]) -> Heat:
+        return received[:, self.prefix :].reshape(-1, *self.shape)
 
 
 def _wide(values: Any) -> Float[np.ndarray, "..."]:

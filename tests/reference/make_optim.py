@@ -29,6 +29,11 @@ def adamw(kernel, bias):
     return torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.99), eps=1e-6)
 
 
+def adam(kernel, bias):
+    groups = [{"params": [kernel], "weight_decay": 0.1}, {"params": [bias], "weight_decay": 0.0}]
+    return torch.optim.Adam(groups, lr=0.01, betas=(0.8, 0.99), eps=1e-6)
+
+
 def sgd(kernel, bias):
     return torch.optim.SGD([kernel, bias], lr=0.01, momentum=0.9)
 
@@ -52,6 +57,7 @@ def cosine() -> None:
 
 
 if __name__ == "__main__":
+    run(adam)
     run(adamw)
     run(sgd)
     cosine()
