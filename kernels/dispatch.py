@@ -9,10 +9,13 @@ import contextlib
 import contextvars
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+
+from kernels import partition
 
 NAMES = ("xla", "cudnn", "pallas_tpu", "pallas_triton", "pallas_mosaic_gpu")
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
@@ -31,16 +34,32 @@ class Implementation:
         unsupported: `unsupported(*arrays, **options)` returns None, or why this call cannot be served: the
             argument or shape at fault and what would do. It sees shapes and dtypes only.
         platforms: where it can be lowered.
+        batched: of a kernel, which XLA cannot partition: whether each array has the batch first (all results do).
+            None for what XLA partitions by itself.
     """
 
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None] = lambda *arrays, **options: None
     platforms: tuple[str, ...] = PLATFORMS
+    batched: tuple[bool, ...] | None = None
 
     def __post_init__(self):
         if self.name not in NAMES:
             raise ValueError(f"an implementation is called one of {', '.join(NAMES)}, not {self.name!r}")
+
+    def refusal(self, arrays: Sequence[Any], options: dict[str, Any]) -> str | None:
+        """Why this call cannot be served, or None."""
+        reason = self.unsupported(*arrays, **options)
+        if reason is None and self.batched is not None:
+            reason = partition.refusal(arrays[0].shape[0])
+        return reason
+
+    def __call__(self, *arrays: Any, **options: Any) -> Any:
+        """Computes the op, each device of the mesh in effect its part of the batch."""
+        if self.batched is None:
+            return self.run(*arrays, **options)
+        return partition.along_batch(functools.partial(self.run, **options), self.batched, arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +141,9 @@ def dispatch(
         if name not in by_name:
             refused.append(f"{name}: not written for this op, which has {', '.join(by_name)}")
             continue
-        reason = by_name[name].unsupported(*arrays, **options)
+        reason = by_name[name].refusal(arrays, options)
+        if reason is None and not isinstance(implementation, str) and by_name[name].batched is not None:
+            reason = partition.unknown_mesh(by_name[name].platforms)
         if reason is None:
             usable.append(by_name[name])
         else:
@@ -131,7 +152,7 @@ def dispatch(
         raise NotImplementedError(f"{op}: " + "; ".join(refused))
     if isinstance(implementation, str):
         _note(op, None, usable[0].name, refused)
-        return usable[0].run(*arrays, **options)
+        return usable[0](*arrays, **options)
 
     chosen: dict[str, Implementation] = {}
     for platform in PLATFORMS:
@@ -142,8 +163,8 @@ def dispatch(
                 break
     distinct = {i.name for i in chosen.values()}
     if len(distinct) == 1 and len(chosen) == len(PLATFORMS):
-        return usable[0].run(*arrays, **options)
-    branches = {p: _closed(i.run, options) for p, i in chosen.items()}
+        return usable[0](*arrays, **options)
+    branches = {p: _closed(i, options) for p, i in chosen.items()}
     # No default branch: lowering for a platform without an implementation is jax's own clear error.
     return jax.lax.platform_dependent(*arrays, **branches)
 

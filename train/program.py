@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -91,18 +91,23 @@ def image_size(config: ml_collections.ConfigDict, dataset: Dataset) -> tuple[int
     return dataset.image_shape[:2]
 
 
-def build(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> Program:
+def build(
+    config: ml_collections.ConfigDict,
+    dataset: Dataset | SequenceSet,
+    devices: Sequence[jax.Device] | None = None,
+) -> Program:
     """Builds a run's program.
 
     Args:
         config: a complete config (`train.config.load`).
         dataset: the training split; it tells the number of classes and the image size, or the vocabulary and length.
+        devices: those of the mesh; None means all that there are.
 
     Raises:
         ValueError: for a model, a mesh or a batch size that does not fit; the message names the config's key.
         TypeError: for an unknown field in `model.overrides`.
     """
-    mesh = sharding.make_mesh(dict(config.mesh))
+    mesh = sharding.make_mesh(dict(config.mesh), devices)
     sharding.check_batch("config.data.batch_size", config.data.batch_size, mesh, config.accum_steps)
     model = build_model(config, dataset)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -120,7 +125,7 @@ def build(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> 
         num_layers=last_layer,
     )
     init = functools.partial(step.init_state, model, optimizer, inputs, seed=config.seed, ema=config.ema > 0, task=task)
-    precise = functools.partial(_with_precision, config.matmul_precision)
+    traced = functools.partial(_traced, config.matmul_precision, mesh)
     abstract = jax.eval_shape(init)
     places = sharding.state_shardings(abstract, family.sharding_rules, mesh)
     rows = sharding.batch_sharding(mesh)
@@ -132,24 +137,24 @@ def build(config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet) -> 
         abstract_state=jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places
         ),
-        init=jax.jit(precise(init), out_shardings=places),
+        init=jax.jit(traced(init), out_shardings=places),
         train_step=jax.jit(
-            precise(train_step),
+            traced(train_step),
             in_shardings=(places, rows, replicated, replicated),
             out_shardings=(places, replicated),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(precise(functools.partial(task.evaluate, model)), out_shardings=replicated),
+        eval_step=jax.jit(traced(functools.partial(task.evaluate, model)), out_shardings=replicated),
         rows=rows,
         replicated=replicated,
     )
 
 
-def _with_precision(precision: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, traced with this precision for matrix products of float32."""
+def _traced(precision: str, mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced with this precision for matrix products of float32, and with its kernels over the mesh."""
 
-    def precise(*args):
-        with jax.default_matmul_precision(precision):
+    def traced(*args):
+        with jax.default_matmul_precision(precision), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*args)
 
-    return precise
+    return traced
