@@ -11,6 +11,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
+from jax.sharding import ManualAxisType
 
 _interpreting: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreting", default=False)
 
@@ -78,6 +79,11 @@ def tpu_params(**options: Any) -> pltpu.CompilerParams:
 TRITON_DEPRECATION = r"The Pallas Triton backend is deprecated and will be removed in a future JAX version\."
 
 
+def triton_is_deprecated() -> bool:
+    """Whether this jax says so of every Triton kernel that it lowers."""
+    return jax.__version_info__ >= (0, 11)
+
+
 @contextlib.contextmanager
 def lowering_triton() -> Iterator[None]:
     """Inside the block lowering a Triton kernel does not warn that jax is going to drop it, which we know."""
@@ -100,7 +106,7 @@ def shape_like(shape: tuple[int, ...], dtype: Any, *operands: Any) -> jax.ShapeD
     """The result of a kernel: it varies over the mesh axes, inside `shard_map`, that any operand varies over."""
     varying = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(operands)))
     if varying:
-        return jax.ShapeDtypeStruct(shape, dtype, vma=varying)
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=ManualAxisType(varying=varying))
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
