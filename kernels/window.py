@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Shaped
 from kernels import window_plan
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
+from kernels.pallas_gpu import window as gpu
 from kernels.pallas_tpu import window as tpu
 
 Partition = Literal["block", "grid"]
@@ -105,6 +106,13 @@ TABLE = (
         functools.partial(window_plan.run, tpu.BACKEND),
         tpu.unsupported,
         platforms=("tpu",),
+        batched=_BATCHED,
+    ),
+    Implementation(
+        "pallas_triton",
+        functools.partial(window_plan.run, gpu.BACKEND),
+        gpu.unsupported,
+        platforms=("cuda",),
         batched=_BATCHED,
     ),
     Implementation("xla", _xla),

@@ -105,7 +105,7 @@ def blocks(g: Geometry, itemsize: int, bias: bool, *, backward: bool) -> Blocks:
     """The division of maps over programs: whole tiles of tokens, at least 512 tokens if they fit easily."""
     part = g if g.grid or g.height % g.window[0] else dataclasses.replace(g, batch=g.batch * g.rows, height=g.window[0])
     tokens = part.height * part.width
-    unit = 16 // math.gcd(16, tokens)
+    unit = 8 // math.gcd(8, tokens)
     maps = unit * max(1, 512 // (unit * tokens))
 
     def of(maps):
@@ -113,7 +113,7 @@ def blocks(g: Geometry, itemsize: int, bias: bool, *, backward: bool) -> Blocks:
 
     while maps > unit and of(maps).vmem > VMEM // 4:
         maps -= unit
-    if of(maps).vmem > VMEM // 2 and (not g.grid or g.height % g.window[0] == 0):
+    if of(maps).vmem > VMEM and (not g.grid or g.height % g.window[0] == 0):
         row = dataclasses.replace(g, batch=g.batch * g.rows, height=g.window[0])
         return _vmem(row, g, 1, True, itemsize, bias, backward)
     shape = dict(tokens=tuning.bucket(g.tokens), channels=g.channels, backward=backward)
@@ -210,10 +210,10 @@ def cut(blocks: Blocks, run, tile, place: Place, pad) -> None:
 
     def row(a, places, inside):
         for lane in range(run.shape[0]):
-            x = run[lane, places, :]
+            x = run.at[lane][places, :]
             if blocks.whole.ragged:
                 x = jnp.where(_real(g, place, a), x, 0.0 if pad is None else pad[lane])
-            tile[lane, inside, :] = x
+            tile.at[lane][inside, :] = x
 
     _each_row(g, place, row)
 
@@ -224,10 +224,10 @@ def paste(blocks: Blocks, run, tile, place: Place) -> None:
 
     def row(a, places, inside):
         for lane in range(tile.shape[0]):
-            x = tile[lane, inside, :]
+            x = tile.at[lane][inside, :]
             if blocks.whole.ragged:
-                x = jnp.where(_real(g, place, a), x, run[lane, places, :])
-            run[lane, places, :] = x
+                x = jnp.where(_real(g, place, a), x, run.at[lane][places, :])
+            run.at[lane][places, :] = x
 
     _each_row(g, place, row)
 
@@ -238,7 +238,7 @@ def add_filled(blocks: Blocks, tile, place: Place, total) -> None:
 
     def row(a, places, inside):
         for lane in range(tile.shape[0]):
-            filled = jnp.where(_real(g, place, a), 0.0, tile[lane, inside, :])
+            filled = jnp.where(_real(g, place, a), 0.0, tile.at[lane][inside, :])
             total[lane, :1, :] += filled.sum(0, keepdims=True)
 
     _each_row(g, place, row)
