@@ -13,11 +13,8 @@ from jax.experimental import pallas as pl
 
 from kernels import compat, window_plan
 from kernels.pallas_gpu import window_blocks
-from kernels.pallas_gpu.window_tiles import Layout, Reader, dot, layout, softmax
+from kernels.pallas_gpu.window_tiles import Layout, Reader, dot, layout, softmax, whole
 from kernels.window_plan import Geometry
-
-# Of one block on the GPUs of compute capability 8.6 and 8.9.
-SHARED_MEMORY = 99 << 10
 
 
 def unsupported(qkv, bias, pad, **options: Any) -> str | None:
@@ -42,14 +39,14 @@ def _forward_body(x, *refs, at: Layout, has_bias: bool, has_pad: bool):
             k, v = reader.load(x, tokens, h, 1), reader.load(x, tokens, h, 2)
             logits = reader.logits(q, k, bias, h, i, b, tokens)
             new = jnp.maximum(top, logits.max(1))
-            weights, shrunk = jnp.exp(logits - new[:, None]), jnp.exp(top - new)
+            weights, shrunk = jnp.exp2(logits - new[:, None]), jnp.exp2(top - new)
             acc = acc * shrunk[:, None] + dot(weights.astype(v.dtype), v)
             return new, total * shrunk + weights.sum(1), acc
 
         top = jnp.full((at.block,), -jnp.inf, jnp.float32)
         carry = top, jnp.zeros_like(top), jnp.zeros((at.block, at.wide), jnp.float32)
         carry = keys(0, carry) if at.blocks == 1 else lax.fori_loop(0, at.blocks, keys, carry)
-        reader.store(out, queries, h, 0, carry[2] / carry[1][:, None])
+        reader.store(out, queries, h, 0, carry[2] * (1 / carry[1])[:, None])
 
     _each(at.together, window)
 
@@ -102,10 +99,6 @@ def _backward_body(x, gradient, *refs, at: Layout, has_bias: bool, has_pad: bool
             dpad[part, :] = sums[1][part]
 
 
-def _whole(array):
-    return pl.BlockSpec(array.shape, lambda i: (0,) * array.ndim)
-
-
 def forward(qkv, bias, pad, *, g: Geometry):
     at = layout(g, qkv.dtype, bias is not None, backward=False)
     everything = [qkv.reshape(-1, 3 * g.channels), *at.small(bias, pad)]
@@ -115,7 +108,7 @@ def forward(qkv, bias, pad, *, g: Geometry):
         name="window_attention",
         out_shape=compat.shape_like(shape, qkv.dtype, *everything),
         grid=(at.groups * g.heads * at.blocks,),
-        in_specs=[_whole(array) for array in everything],
+        in_specs=[whole(array) for array in everything],
         out_specs=pl.BlockSpec(shape, lambda i: (0, 0)),
         cost_estimate=window_plan.cost(g, qkv.dtype.itemsize, bias is not None, pad is not None, backward=False),
         compiler_params=compat.triton_params(at.warps, at.stages),
@@ -130,7 +123,7 @@ def backward(qkv, bias, pad, gradient, *, g: Geometry):
     maps = [x.reshape(-1, x.shape[-1]) for x in (qkv, gradient)]
     everything = [*maps, *at.small(bias, pad)]
     shapes = [compat.shape_like(maps[0].shape, qkv.dtype, *everything)]
-    specs = [_whole(maps[0])]
+    specs = [whole(maps[0])]
     heads, programs = g.heads, at.groups * g.heads
     if bias is not None:
         shapes.append(compat.shape_like((programs, at.block, at.block), jnp.float32, *everything))
@@ -143,7 +136,7 @@ def backward(qkv, bias, pad, gradient, *, g: Geometry):
         name="window_attention_gradient",
         out_shape=shapes,
         grid=(programs,),
-        in_specs=[_whole(array) for array in everything],
+        in_specs=[whole(array) for array in everything],
         out_specs=specs,
         cost_estimate=window_plan.cost(g, qkv.dtype.itemsize, bias is not None, pad is not None, backward=True),
         compiler_params=compat.triton_params(at.warps, at.stages),

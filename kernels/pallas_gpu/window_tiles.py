@@ -1,6 +1,7 @@
 """How programs of window attention on a GPU are laid out, and how they read and write tokens."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from kernels.window_plan import Geometry
 EXCLUDED = -1e30
 # Programs of a call that share sums: a few for each multiprocessor.
 PROGRAMS = 1024
+# Logits are in units of it: exponentials of base 2 take one instruction.
+LOG2_E = math.log2(math.e)
 
 
 def _power_of_two(size: int) -> int:
@@ -57,14 +60,18 @@ class Layout:
         return self.block * self.blocks
 
     def small(self, bias, pad) -> list[jax.Array]:
-        """The bias in whole blocks and pad by part, head and channel, where there are any."""
+        """The bias in base 2 and in whole blocks, and pad by part, head and channel, where there are any."""
         g, arrays = self.g, []
         if bias is not None:
             fill = self.rows - g.tokens
-            arrays.append(jnp.pad(bias, ((0, 0), (0, fill), (0, fill))))
+            arrays.append(jnp.pad(bias * LOG2_E, ((0, 0), (0, fill), (0, fill))))
         if pad is not None:
             arrays.append(jnp.pad(pad.reshape(3, g.heads, g.dim), ((0, 0), (0, 0), (0, self.wide - g.dim))))
         return arrays
+
+    def sharing(self, together: int) -> "Layout":
+        """The same with so many windows in a program."""
+        return dataclasses.replace(self, together=together)
 
     def pad_gradient(self, partial):
         """The gradient of pad from sums `(programs of a head, heads, 3, wide)`."""
@@ -83,10 +90,16 @@ def layout(g: Geometry, dtype, bias: bool, *, backward: bool) -> Layout:
     if bias and blocks == 1:
         # The bias is read, and its gradient written, once for all windows of a program.
         together = max(1, min(16, windows * g.heads // PROGRAMS))
-    warps = 1 if block <= 16 else 2 if block * wide <= 32 * 64 else 4
+    small = block * wide <= 32 * 64 and not (bias and backward)
+    warps = 1 if block <= 16 else 2 if small else 4
     default = dict(together=together, warps=warps, stages=2)
     shape = dict(tokens=tokens, dim=wide, bias=bias, backward=backward, dtype=jnp.dtype(dtype).name)
     return Layout(g, block, blocks, wide, **tuning.blocks("window", "gpu", default, **shape))
+
+
+def whole(array) -> pl.BlockSpec:
+    """All of an operand or result for every program."""
+    return pl.BlockSpec(array.shape, lambda i: (0,) * array.ndim)
 
 
 def dot(a, b, **how):
@@ -96,8 +109,9 @@ def dot(a, b, **how):
 
 
 def softmax(logits):
-    weights = jnp.exp(logits - logits.max(1)[:, None])
-    return weights / weights.sum(1)[:, None]
+    """Of logits in base 2."""
+    weights = jnp.exp2(logits - logits.max(1)[:, None])
+    return weights * (1 / weights.sum(1))[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +138,11 @@ class Place:
         row, col = g.row(window // g.cols, t // g.window[1]), g.col(window % g.cols, t % g.window[1])
         inside = (t < g.tokens) & (self.index < at.windows)
         real = inside & (row < g.height) & (col < g.width) if g.ragged else inside
-        return Tokens((image * g.height + row) * g.width + col, inside, real)
+        where = (image * g.height + row) * g.width + col
+        # Interpreted, a masked store writes back what it read; what is not there must not be another token.
+        return Tokens(
+            jnp.where(real, where, g.batch * g.height * g.width) if compat.interpreting() else where, inside, real
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +162,8 @@ class Reader:
 
     def _channels(self, h, part: int):
         g, wide = self.at.g, self.at.wide
-        return pl.ds(part * g.channels + h * g.dim, wide), jnp.arange(wide)[None, :] < g.dim
+        own = jnp.arange(wide, dtype=jnp.int32)[None, :]
+        return part * g.channels + h * g.dim + own, own < g.dim
 
     def load(self, ref, tokens: Tokens, h, part: int, *, filled: bool = True):
         """`(block, wide)`, the channels of a head; filled tokens have the value of pad, if `filled`, others are 0."""
@@ -153,7 +172,7 @@ class Reader:
         mask = tokens.real[:, None]
         if self.at.wide != g.dim:
             mask = mask & exist
-        x = triton.load(ref.at[tokens.where, channels], mask=_wide(mask, self.at.wide), other=0.0)
+        x = triton.load(ref.at[tokens.where[:, None], channels], mask=_wide(mask, self.at.wide), other=0.0)
         if filled and self.pad is not None:
             value = self.pad[part, h, :].astype(x.dtype)[None, :]
             x = jnp.where((tokens.inside & ~tokens.real)[:, None], value, x)
@@ -164,12 +183,12 @@ class Reader:
         mask = tokens.real[:, None]
         if self.at.wide != self.at.g.dim:
             mask = mask & exist
-        triton.store(ref.at[tokens.where, channels], x.astype(ref.dtype), mask=_wide(mask, self.at.wide))
+        triton.store(ref.at[tokens.where[:, None], channels], x.astype(ref.dtype), mask=_wide(mask, self.at.wide))
 
     def logits(self, q, k, bias, h, i, j, keys: Tokens):
-        """Of a block `i` of queries and a block `j` of keys, in float32."""
+        """Of a block `i` of queries and a block `j` of keys, in float32 and base 2."""
         block = self.at.block
-        logits = dot(q, k, trans_b=True) * self.at.g.scale
+        logits = dot(q, k, trans_b=True) * (self.at.g.scale * LOG2_E)
         if bias is not None:
             logits = logits + bias[h, pl.ds(i * block, block), pl.ds(j * block, block)]
         exist = keys.real if self.at.g.masked else keys.inside
