@@ -84,8 +84,8 @@ class Blocks:
         if not self.strided:
             return pl.BlockSpec((self.tokens, channels), lambda i: (i, 0))
         if self.g.grid:
-            return pl.BlockSpec((None, wh, None, w, channels), lambda i: (i // r, 0, i % r, 0, 0))
-        return pl.BlockSpec((None, wh, w, channels), lambda i: (i // r, i % r, 0, 0))
+            return pl.BlockSpec((None, wh, None, w, channels), lambda i: (lax.div(i, r), 0, lax.rem(i, r), 0, 0))
+        return pl.BlockSpec((None, wh, w, channels), lambda i: (lax.div(i, r), lax.rem(i, r), 0, 0))
 
 
 def _vmem(g: Geometry, whole: Geometry, maps: int, strided: bool, itemsize: int, bias: bool, backward: bool) -> Blocks:
