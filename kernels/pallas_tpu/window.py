@@ -53,19 +53,23 @@ def _forward_body(x, *refs, blocks: Blocks, dtype, has_bias: bool, has_pad: bool
     tiles.load_run(blocks, x, run)
     tile[...] = jnp.zeros_like(tile)
 
-    def window(place):
-        tiles.cut(blocks, run, tile, place, pad)
-        keys = tiles.keys(blocks, place)
+    def group(places):
+        for slot, place in enumerate(places):
+            tiles.cut(blocks, run, tile.at[slot], place, pad)
+        keys = [tiles.keys(blocks, place) for place in places]
 
         def head(h, chunk, lanes):
-            q, k, v = lanes.load(tile, 0, chunk), lanes.load(tile, 1), lanes.load(tile, 2)
-            weights, total = _weights(g, q, k, bias[h, chunk, :] if has_bias else None, keys, dtype)
-            lanes.store(result, 0, chunk, _dot(weights, v, (1, 0), dtype) / total)
+            for slot in range(len(places)):
+                part = tile.at[slot]
+                q, k, v = lanes.load(part, 0, chunk), lanes.load(part, 1), lanes.load(part, 2)
+                weights, total = _weights(g, q, k, bias[h, chunk, :] if has_bias else None, keys[slot], dtype)
+                lanes.store(result.at[slot], 0, chunk, _dot(weights, v, (1, 0), dtype) / total)
 
         tiles.each_head(g, head)
-        tiles.paste(blocks, run, result, place)
+        for slot, place in enumerate(places):
+            tiles.paste(blocks, run, result.at[slot], place)
 
-    tiles.each_window(blocks, window)
+    tiles.each_group(blocks, group)
     tiles.store_run(blocks, run, out)
 
 
@@ -86,36 +90,40 @@ def _backward_body(x, gradient, *refs, blocks: Blocks, dtype, has_bias: bool, ha
             if total is not None:
                 total[...] = jnp.zeros_like(total)
 
-    def window(place):
-        tiles.cut(blocks, run, tile, place, pad)
-        tiles.cut(blocks, gradient_run, gradient_tile, place, None)
-        keys = tiles.keys(blocks, place)
+    def group(places):
+        for slot, place in enumerate(places):
+            tiles.cut(blocks, run, tile.at[slot], place, pad)
+            tiles.cut(blocks, gradient_run, gradient_tile.at[slot], place, None)
+        keys = [tiles.keys(blocks, place) for place in places]
         if chunked:
             result[...] = jnp.zeros_like(result)
 
         def head(h, chunk, lanes):
-            q, k, v = lanes.load(tile, 0, chunk), lanes.load(tile, 1), lanes.load(tile, 2)
-            dout = lanes.load(gradient_tile, 0, chunk)
-            weights, total = _weights(g, q, k, bias[h, chunk, :] if has_bias else None, keys, dtype)
-            weights = weights / total
-            dweights = _dot(dout, v, (1, 1), dtype)
-            dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdims=True))
-            if has_bias:
-                dbias[h, chunk, :] += dlogits
-            dlogits *= g.scale
-            lanes.store(result, 0, chunk, _dot(dlogits, k, (1, 0), dtype))
-            dk, dv = _dot(dlogits, q, (0, 0), dtype), _dot(weights, dout, (0, 0), dtype)
-            if chunked:
-                dk, dv = dk + lanes.load(result, 1), dv + lanes.load(result, 2)
-            lanes.store(result, 1, slice(None), dk)
-            lanes.store(result, 2, slice(None), dv)
+            for slot, place in enumerate(places):
+                part, own = tile.at[slot], result.at[slot]
+                q, k, v = lanes.load(part, 0, chunk), lanes.load(part, 1), lanes.load(part, 2)
+                dout = lanes.load(gradient_tile.at[slot], 0, chunk)
+                weights, total = _weights(g, q, k, bias[h, chunk, :] if has_bias else None, keys[slot], dtype)
+                weights = weights / total
+                dweights = _dot(dout, v, (1, 1), dtype)
+                dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdims=True))
+                if has_bias:
+                    dbias[h, chunk, :] += jnp.where(place.new, dlogits, 0.0)
+                dlogits *= g.scale
+                lanes.store(own, 0, chunk, _dot(dlogits, k, (1, 0), dtype))
+                dk, dv = _dot(dlogits, q, (0, 0), dtype), _dot(weights, dout, (0, 0), dtype)
+                if chunked:
+                    dk, dv = dk + lanes.load(own, 1), dv + lanes.load(own, 2)
+                lanes.store(own, 1, slice(None), dk)
+                lanes.store(own, 2, slice(None), dv)
 
         tiles.each_head(g, head)
-        tiles.paste(blocks, run, result, place)
-        if has_pad:
-            tiles.add_filled(blocks, result, place, dpad)
+        for slot, place in enumerate(places):
+            tiles.paste(blocks, run, result.at[slot], place)
+            if has_pad:
+                tiles.add_filled(blocks, result.at[slot], place, dpad)
 
-    tiles.each_window(blocks, window)
+    tiles.each_group(blocks, group)
     tiles.store_run(blocks, run, dx)
 
 
@@ -161,7 +169,7 @@ def _call(body, operands, channels, scratch, g: Geometry, bias, pad, name):
         out_specs=specs,
         scratch_shapes=[
             *(pltpu.VMEM((tiles.lane_tiles(c), blocks.held, 128), jnp.float32) for c in scratch[0]),
-            *(pltpu.VMEM((tiles.lane_tiles(c), tiles.rows(g), 128), jnp.float32) for c in scratch[1]),
+            *(pltpu.VMEM((blocks.together, tiles.lane_tiles(c), tiles.rows(g), 128), jnp.float32) for c in scratch[1]),
         ],
         cost_estimate=window_plan.cost(g, dtype.itemsize, bias is not None, pad is not None, backward=backward),
         # One after the other, as they add to the same sums.

@@ -17,6 +17,8 @@ CHUNK = 128
 # Rows of windows, and heads, that are worked at by straight code; more of them in a loop.
 UNROLLED_ROWS = 16
 UNROLLED_HEADS = 8
+# Fewer heads than this leave units idle while one waits for another: windows are then worked at by twos.
+BUSY_HEADS = 5
 # Of the 64 MiB and more that every generation has; the rest is for what XLA keeps there.
 VMEM = 44 << 20
 MAX_BIAS = 8 << 20
@@ -49,6 +51,11 @@ class Blocks:
     maps: int
     strided: bool
     vmem: int
+
+    @property
+    def together(self) -> int:
+        """Windows that are worked at together."""
+        return 2 if self.g.heads < BUSY_HEADS and self.maps * self.g.windows > 1 else 1
 
     @property
     def programs(self) -> int:
@@ -94,7 +101,7 @@ def _vmem(g: Geometry, whole: Geometry, maps: int, strided: bool, itemsize: int,
     qkv, out = 128 * lane_tiles(3 * g.channels), 128 * lane_tiles(g.channels)
     moved = 2 * found.tokens * itemsize * (2 * qkv + out if backward else qkv + out)
     held = found.held * 4 * (qkv + out if backward else qkv)
-    tile = rows(g) * 4 * (2 * qkv + out if backward else qkv + out)
+    tile = found.together * rows(g) * 4 * (2 * qkv + out if backward else qkv + out)
     keys = 128 * lane_tiles(rows(g))
     weights = min(rows(g), CHUNK) * keys * 4 * (8 if backward else 4)
     biases = bias * g.heads * rows(g) * keys * 4 * (4 if backward else 2)
@@ -132,8 +139,12 @@ def refusal(g: Geometry, itemsize: int, bias: bool) -> str | None:
 
 
 class Place(NamedTuple):
-    """A window: its first token in the run, its row and column of windows, and the rows that the map has."""
+    """A window: its first token in the run, its row and column of windows, and the rows that the map has.
 
+    `new` is false for a window that is given once more, to fill up those that are worked at together.
+    """
+
+    new: Any
     origin: Any
     r: Any
     c: Any
@@ -166,20 +177,27 @@ def store_run(blocks: Blocks, run, out) -> None:
                 out[a, :, lanes] = run[lane, a * w : (a + 1) * w, :width].astype(out.dtype)
 
 
-def each_window(blocks: Blocks, visit) -> None:
-    """Calls `visit(place)` for every window of the program's maps; those past the batch are left out."""
+def each_group(blocks: Blocks, visit) -> None:
+    """Calls `visit(places)` for all windows of the program's maps, some at a time; those past the batch are left out.
+
+    Windows are written in place of what was read, so one that is given twice is given so at the same time.
+    """
     g, i = blocks.g, pl.program_id(0)
     count = jnp.minimum(blocks.maps, g.batch - i * blocks.maps) * g.windows
     height = g.height
     if blocks.strided and not g.grid:
         height = jnp.minimum(height, blocks.whole.height - lax.rem(i, blocks.whole.rows) * g.window[0])
 
-    def step(w, _):
+    def place(w):
+        new, w = w < count, jnp.minimum(w, count - 1)
         r, c = lax.div(lax.rem(w, g.windows), g.cols), lax.rem(w, g.cols)
         origin = lax.div(w, g.windows) * (g.height * g.width) + g.row(r, 0) * g.width + g.col(c, 0)
-        visit(Place(origin, r, c, height))
+        return Place(new, origin, r, c, height)
 
-    lax.fori_loop(0, count, step, None)
+    def step(j, _):
+        visit([place(j * blocks.together + w) for w in range(blocks.together)])
+
+    lax.fori_loop(0, lax.div(count + (blocks.together - 1), blocks.together), step, None)
 
 
 def _each_row(g: Geometry, place: Place, visit) -> None:
@@ -238,7 +256,7 @@ def add_filled(blocks: Blocks, tile, place: Place, total) -> None:
 
     def row(a, places, inside):
         for lane in range(tile.shape[0]):
-            filled = jnp.where(_real(g, place, a), 0.0, tile.at[lane][inside, :])
+            filled = jnp.where(_real(g, place, a) | ~place.new, 0.0, tile.at[lane][inside, :])
             total[lane, :1, :] += filled.sum(0, keepdims=True)
 
     _each_row(g, place, row)
