@@ -1,0 +1,1 @@
+"""Kernels for TPUs, written in Pallas and compiled by Mosaic."""
