@@ -148,7 +148,8 @@ def _kernel(backend):
     def unsupported(query, key, value, lists, weights, valid, mask, *, key_block, scale, return_weights):
         if return_weights:
             return "return_weights: a fused kernel never holds the weights; implementation='xla' returns them"
-        arrays = tuple(jax.ShapeDtypeStruct((*x.shape[:2], x.shape[2] * x.shape[3]), x.dtype) for x in (query, key, value))
+        shapes = [(*x.shape[:2], x.shape[2] * x.shape[3]) for x in (query, key, value)]
+        arrays = tuple(jax.ShapeDtypeStruct(shape, x.dtype) for shape, x in zip(shapes, (query, key, value)))
         plan = _plan(query, key, value, lists, key_block, scale)
         return backend.refusal(arrays, plan, weights, valid, mask)
 

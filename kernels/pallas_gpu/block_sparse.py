@@ -175,9 +175,7 @@ def _forward_body(*refs, plan: Plan, tiles: dict[str, int], present):
 
     def step(i, carry):
         acc, peak, total = carry
-        entry, token, row, loaded, seen, factor = _listed(
-            plan, tiles["keys"], i, block, heads, lists, weights, valid
-        )
+        entry, token, row, loaded, seen, factor = _listed(plan, tiles["keys"], i, block, heads, lists, weights, valid)
         k, v = heads.key.load(key, row, loaded), heads.value.load(value, row, loaded)
         logits = _dot(q, k, trans_b=True) * plan.scale
         if factor is not None:
@@ -226,9 +224,7 @@ def _query_body(*refs, plan: Plan, tiles: dict[str, int], present):
     steps = -(-plan.k * _power(plan.key.tokens) // tiles["keys"])
 
     def step(i, acc):
-        entry, token, row, loaded, seen, factor = _listed(
-            plan, tiles["keys"], i, block, heads, lists, weights, valid
-        )
+        entry, token, row, loaded, seen, factor = _listed(plan, tiles["keys"], i, block, heads, lists, weights, valid)
         k, v = heads.key.load(key, row, loaded), heads.value.load(value, row, loaded)
         products = _dot(q, k, trans_b=True) * plan.scale
         logits = products if factor is None else products * factor[None, :]

@@ -135,7 +135,10 @@ def forward(*refs, plan: Plan):
 
 
 def backward(*refs, plan: Plan):
-    """A batch element's gradients. References: operands, the outputs' gradient, lists, constants, gradients, scratch."""
+    """A batch element's gradients.
+
+    References: operands, the outputs' gradient, lists, constants, gradients, scratch like the gradients.
+    """
     count = 1 if plan.packed else 3
     arrays, (cotangent, lists, *rest) = refs[:count], refs[count:]
     constant, targets, held = rest[:4], rest[4 : 4 + count], rest[4 + count :]
