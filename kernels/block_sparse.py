@@ -80,6 +80,8 @@ def _check(query, key, value, lists, key_block, mask) -> int:
         )
     if blocks == 0 or n % blocks:
         raise ValueError(f"lists is for {blocks} blocks of queries, which do not divide the {n} queries")
+    if k == 0:
+        raise ValueError("lists must have at least one entry a block; a negative one lists nothing")
     key_block = n // blocks if key_block is None else key_block
     if key_block < 1 or m % key_block:
         raise ValueError(f"key_block must divide the {m} keys, got {key_block}")
@@ -92,14 +94,15 @@ def _check(query, key, value, lists, key_block, mask) -> int:
 
 
 def _xla(query, key, value, lists, block_weights, valid, mask, *, key_block, scale, return_weights):
-    (b, n, h, _), (blocks, k) = query.shape, lists.shape[1:]
+    (b, n, h, d), (blocks, k) = query.shape, lists.shape[1:]
+    m = key.shape[1]
     listed = lists >= 0
     at = jnp.where(listed, lists, 0)
     seen = jnp.repeat(listed, key_block, axis=-1)
 
     def gather(x):
         """`(B, M, ...)` to `(B, R, k, key_block, ...)`."""
-        x = x.reshape(b, -1, key_block, *x.shape[2:])
+        x = x.reshape(b, m // key_block, key_block, *x.shape[2:])
         return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, at)
 
     if valid is not None:
@@ -111,17 +114,17 @@ def _xla(query, key, value, lists, block_weights, valid, mask, *, key_block, sca
         part = jnp.where(seen.reshape(part.shape[:4])[..., None, None], part, 0)
         if block_weights is not None:
             part = part * block_weights.astype(part.dtype)[..., None, None, None]
-        return part.reshape(b, blocks, k * key_block, h, -1).transpose(0, 3, 1, 2, 4)
+        return part.reshape(b, blocks, k * key_block, h, x.shape[-1]).transpose(0, 3, 1, 2, 4)
 
-    query = query.reshape(b, blocks, n // blocks, h, -1).transpose(0, 3, 1, 2, 4)
+    query = query.reshape(b, blocks, n // blocks, h, d).transpose(0, 3, 1, 2, 4)
     acc = accumulator_dtype(query.dtype)
     logits = jnp.einsum("bhrid,bhrjd->bhrij", query, chosen(key), preferred_element_type=acc) * scale
     allowed = seen[:, None, :, None]
     if mask is not None:
-        allowed = allowed & mask.reshape(mask.shape[0], 1, blocks, n // blocks, -1)
+        allowed = allowed & mask.reshape(mask.shape[0], 1, blocks, n // blocks, k * key_block)
     weights = masked_softmax(logits, allowed)
     out = jnp.einsum("bhrij,bhrje->bhrie", weights.astype(value.dtype), chosen(value))
-    out = out.transpose(0, 2, 3, 1, 4).reshape(b, n, h, -1)
+    out = out.transpose(0, 2, 3, 1, 4).reshape(b, n, h, value.shape[-1])
     return (out, weights.swapaxes(1, 2)) if return_weights else out
 
 
@@ -156,7 +159,7 @@ def _kernel(backend):
     def run(query, key, value, lists, weights, valid, mask, *, key_block, scale, return_weights):
         plan = _plan(query, key, value, lists, key_block, scale)
         out = backend.attend(plan, tuple(map(rows, (query, key, value))), lists, weights, valid, mask)
-        return out.reshape(*query.shape[:3], -1)
+        return out.reshape(*query.shape[:3], value.shape[-1])
 
     return dict(run=run, unsupported=unsupported, batched=(True,) * 7)
 

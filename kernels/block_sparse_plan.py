@@ -127,8 +127,8 @@ def refusal(arrays: tuple[Any, ...], plan: Plan) -> str | None:
     return None
 
 
-# forward(plan, arrays, lists, weights, valid, mask) -> (out, residuals);
-# backward(plan, arrays, lists, weights, valid, mask, out, residuals, cotangent) -> (arrays' gradients, weights').
+# forward(plan, arrays, lists, weights, valid, mask) -> (out, what the gradient needs of it);
+# backward(plan, arrays, lists, weights, valid, mask, kept, cotangent) -> (arrays' gradients, weights').
 Forward = Callable[..., tuple[jax.Array, Any]]
 Backward = Callable[..., tuple[tuple[jax.Array, ...], jax.Array | None]]
 
@@ -139,8 +139,8 @@ def _attend(plan, forward, backward, arrays, lists, weights, valid, mask):
 
 
 def _attend_forward(plan, forward, backward, arrays, lists, weights, valid, mask):
-    out, residuals = forward(plan, arrays, lists, weights, valid, mask)
-    return out, (arrays, lists, weights, valid, mask, out, residuals)
+    out, kept = forward(plan, arrays, lists, weights, valid, mask)
+    return out, (arrays, lists, weights, valid, mask, kept)
 
 
 def _gradients(*saved, plan, backward):

@@ -351,10 +351,11 @@ def _forward(plan: Plan, arrays, lists, weights, valid, mask):
     cost = plan.cost(batch, 1, 1, moved)
     grid = _grid(plan, plan.query, tiles["queries"], batch)
     out, summed = _call(_forward_body, "forward", plan, grid, operands, outputs, cost, extras)
-    return out, summed
+    return out, (out, summed)
 
 
-def _backward(plan: Plan, arrays, lists, weights, valid, mask, out, summed, cotangent):
+def _backward(plan: Plan, arrays, lists, weights, valid, mask, kept, cotangent):
+    out, summed = kept
     operands, _ = plan.operands(arrays)
     batch, tokens = operands[0].shape[:2]
     tiles = _blocks(plan, operands[0].dtype)

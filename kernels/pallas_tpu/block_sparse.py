@@ -176,7 +176,7 @@ def _entries(lists, weights):
     return [x.reshape(x.shape[0], 1, -1) for x in present]
 
 
-def _backward(plan: Plan, arrays, lists, weights, valid, mask, out, _, cotangent):
+def _backward(plan: Plan, arrays, lists, weights, valid, mask, _, cotangent):
     batch = lists.shape[0]
     weighted = weights is not None
     moved = (arrays, arrays, lists, weights, weights, cotangent)
