@@ -50,6 +50,4 @@ def _backward(kind, query, key, value, beta, log_decay, initial_state, states, d
 
 
 KERNELS = {"scalar": scan, "channel": scan_channel, "delta": scan_delta}
-BACKEND = Backend(
-    "pallas_triton", ("cuda",), _forward, _backward, lambda kind, *sizes: CHUNK, _unsupported
-)
+BACKEND = Backend("pallas_triton", ("cuda",), _forward, _backward, lambda kind, *sizes: CHUNK, _unsupported)

@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.pallas_gpu.tiles import CHUNK, blocks, decay_matrix, dot, indices, launch, total, width
+from kernels.pallas_gpu.tiles import CHUNK, blocks, decay_matrix, dot, indices, launch, loop, width, zeros
 from kernels.scan_plan import backward_flops, forward_flops, transcendentals
 
+import os
+STAGES=int(os.environ.get('W_S','1'))
+WARPS=int(os.environ.get('W_W','4'))
+NARROW, WIDE = int(os.environ.get('W_D','64')), int(os.environ.get('W_E','64'))
 
-def ends(log_decay, scale: float = 1.0):
-    """What is left at a token of the state before its chunk, times `scale`, and at its chunk's end of what it writes.
+
+def ends(log_decay):
+    """What is left at a token of the state before its chunk, and at its chunk's end of what the token writes.
 
     Takes `(B, N, H)` or None, gives two arrays `(B, H, N)` or None.
     """
@@ -39,11 +44,11 @@ def by_head(x):
 
 
 def walk(left, right, factor, into, kept, start, *, name: str, scale: float = 1.0, reverse: bool = False):
-    """States from chunk to chunk: `S' = decay * S + left^T (scale * factor * right)`.
+    """States from chunk to chunk: `S' = decay * S + left^T (factor * right)`.
 
     Args:
         left, right: `(B, N, H, D)` and `(B, N, H, E)`.
-        factor: on the tokens of `right`, `(B, H, N)`; None for 1.
+        factor: on the tokens of `right`, `(B, H, N)`; None for `scale`.
         into: `(B, H, N)`, whose values at the chunks' last tokens are the decays; or None.
         kept: `(B, H, chunks, D)`, decays of the states' rows; or None.
         start: the first state, `(B, H, D, E)` float32; None for zeros.
@@ -91,7 +96,7 @@ def _walk(refs, *, chunks, scale, reverse):
         refs.states[chunk] = state.astype(refs.states.dtype)
         left, right = refs.left[tokens, :], refs.right[tokens, :]
         if refs.factor is not None:
-            right = (right * (refs.factor[tokens] * scale)[:, None]).astype(right.dtype)
+            right = (right * refs.factor[tokens][:, None]).astype(right.dtype)
         elif scale != 1:
             right = (right * jnp.float32(scale)).astype(right.dtype)
         if refs.into is not None:
@@ -117,10 +122,13 @@ def per_chunk(*shape: int):
     return pl.BlockSpec((None, None, None, *shape), lambda c, h, b: (b, h, c) + (0,) * len(shape))
 
 
-def outputs(query, key, weights, value, states, log_decay, into, *, name: str, scale: float):
+def outputs(
+    query, key, weights, value, states, log_decay, into, *, name: str, scale: float, transposed: bool = False
+):
     """The outputs `(B, N, H, E)` from the states before each chunk.
 
-    Either `key`, with `log_decay` and `into` `(B, H, N)` or None; or the `weights` `(B, N, H, C)`, which have `scale`.
+    Either `key`, with `log_decay` and `into` `(B, H, N)` or None; or the `weights` `(B, N, H, C)`, which have `scale`, and are
+    of use `transposed` too.
     """
     batch, tokens, heads, channels = query.shape
     values, chunks = value.shape[-1], tokens // CHUNK
@@ -128,7 +136,7 @@ def outputs(query, key, weights, value, states, log_decay, into, *, name: str, s
     decayed = transcendentals("scalar", CHUNK, channels, log_decay is not None)
     flops = forward_flops("scalar", CHUNK, channels, values) - 2 * CHUNK * channels * values
     (out,) = launch(
-        functools.partial(_outputs, scale=scale),
+        functools.partial(_outputs, scale=scale, transposed=transposed),
         name,
         (chunks, heads, batch),
         dict(
@@ -150,12 +158,14 @@ def outputs(query, key, weights, value, states, log_decay, into, *, name: str, s
 def weighted(refs):
     """`query key^T` of the chunk, its decay, and whether a token is not after another."""
     rows, columns = indices()
-    products = sum(dot(refs.query[:, d], refs.key[:, d], trans_b=True) for d in blocks(refs.key.shape[1], refs.key.dtype))
+    products = sum(
+        dot(refs.query[:, d], refs.key[:, d], trans_b=True) for d in blocks(refs.key.shape[1], refs.key.dtype)
+    )
     seen = columns <= rows
     return products, seen.astype(jnp.float32) if refs.log_decay is None else decay_matrix(refs.log_decay[...]), seen
 
 
-def _outputs(refs, *, scale):
+def _outputs(refs, *, scale, transposed):
     dtype = refs.value.dtype
     if refs.weights is None:
         products, decay, seen = weighted(refs)
@@ -166,7 +176,7 @@ def _outputs(refs, *, scale):
         out = sum(dot(refs.query[:, d], refs.states[d, e]) for d in blocks(refs.query.shape[1], dtype)) * scale
         if refs.into is not None:
             out = out * refs.into[...][:, None]
-        refs.out[:, e] = (out + dot(weights, refs.value[:, e])).astype(dtype)
+        refs.out[:, e] = (out + dot(weights, refs.value[:, e], trans_a=transposed)).astype(dtype)
 
 
 def forward(query, key, value, log_decay, initial_state, *, scale: float):
@@ -180,7 +190,10 @@ def forward(query, key, value, log_decay, initial_state, *, scale: float):
 def backward(query, key, value, log_decay, states, d_out, d_final, *, scale: float):
     """Gradients of query, key, value, log decay (or None) and initial state."""
     into, onto = ends(log_decay)
-    d_states, d_initial = walk(query, d_out, into, into, None, d_final, name="scan_d_states", scale=scale, reverse=True)
+    scaled = None if into is None else into * scale
+    d_states, d_initial = walk(
+        query, d_out, scaled, into, None, d_final, name="scan_d_states", scale=scale, reverse=True
+    )
     operands = dict(query=query, key=key, value=value, log_decay=by_head(log_decay), into=into, onto=onto)
     d_query, d_key, d_value, _, d_log_decay = gradients(
         operands, states, d_states, d_out, name="scan_gradients", scale=scale
@@ -227,6 +240,7 @@ def gradients(operands, states, d_states, d_out, *, name: str, scale: float):
         results,
         flops=batch * heads * chunks * flops,
         transcendentals=batch * heads * chunks * transcendentals("scalar", CHUNK, channels, decayed),
+        warps=WARPS, stages=STAGES,
     )
     made = dict(zip(results, made))
     d_beta, d_log_decay = (by_head(made.get(key)) for key in ("d_beta", "d_log_decay"))
@@ -234,67 +248,91 @@ def gradients(operands, states, d_states, d_out, *, name: str, scale: float):
 
 
 def _gradients(refs, *, scale):
-    dtype = refs.value.dtype
-    depths, spans = blocks(refs.key.shape[1], dtype), blocks(refs.value.shape[1], dtype)
+    dtype, channels, values = refs.value.dtype, refs.key.shape[1], refs.value.shape[1]
     delta, decayed = refs.written is not None, refs.log_decay is not None
+    narrow, wide = width(channels, dtype, NARROW), width(values, dtype, WIDE)
     written = refs.written if delta else refs.value
     rows, columns = indices()
-    products, decay, seen = weighted(refs)
-    into, onto = (refs.into[...], refs.onto[...]) if decayed else (jnp.ones((CHUNK,), jnp.float32),) * 2
+    square, vector = zeros(CHUNK, CHUNK), zeros(CHUNK)
+    seen = columns <= rows
+    decay = decay_matrix(refs.log_decay[...]) if decayed else jnp.where(seen, 1.0, 0.0)
+    into, onto = (refs.into[...], refs.onto[...]) if decayed else (vector + 1, vector + 1)
+    def alike(left, right):
+        return loop(channels, narrow, lambda d, sums: sums + dot(left[:, d], right[:, d], trans_b=True), square)
 
+    # Of each token: what the sum of log decays up to it does, and what the sum of those after it does.
+    upto, d_beta, d_system = vector, None, None
     if delta:
         beta = refs.beta[...]
-        d_system = -sum(dot(refs.d_missing[:, e], written[:, e], trans_b=True) for e in spans)
-        d_system = jnp.where(columns < rows, d_system * decay, 0.0)
-        alike = sum(dot(refs.key[:, d], refs.key[:, d], trans_b=True) for d in depths)
-        d_beta = jnp.sum(d_system * alike, axis=1)
-        moved_beta = beta[:, None] * d_system
-        moved = moved_beta * alike
-        d_system = moved_beta.astype(dtype)
-        for e in spans:
-            d_missing = refs.d_missing[:, e].astype(jnp.float32)
-            d_beta += jnp.sum(d_missing * refs.value[:, e], axis=1)
-            refs.d_value[:, e] = (d_missing * beta[:, None]).astype(dtype)
-    else:
-        moved = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        weights = jnp.where(seen, products * decay * scale, 0.0).astype(dtype)
-        for e in spans:
-            d_value = sum(dot(refs.key[:, d], refs.d_states[d, e]) for d in depths) * onto[:, None]
-            refs.d_value[:, e] = (d_value + dot(weights, refs.d_out[:, e], trans_a=True)).astype(dtype)
 
-    d_weights = sum(dot(refs.d_out[:, e], written[:, e], trans_b=True) for e in spans)
-    d_weights = jnp.where(seen, d_weights * decay * scale, 0.0)
-    moved += jnp.where(columns < rows, products * d_weights, 0.0)
-    # What the sum of log decays up to a token does, and of those after it; and that of the chunk.
-    upto = jnp.sum(moved, axis=1)
-    down = jnp.sum(moved, axis=0)
-    d_weights = d_weights.astype(dtype)
-    after, whole = jnp.zeros((CHUNK,), jnp.float32), 0.0
-    for d in depths:
-        d_query = jnp.zeros((CHUNK, width(refs.key.shape[1], dtype)), jnp.float32)
-        d_key, d_read = d_query, d_query
-        for e in spans:
+        def system(e, sums):
+            d_system, d_beta = sums
+            d_missing = refs.d_missing[:, e]
+            d_system -= dot(d_missing, written[:, e], trans_b=True)
+            d_missing = d_missing.astype(jnp.float32)
+            refs.d_value[:, e] = (d_missing * beta[:, None]).astype(dtype)
+            return d_system, d_beta + jnp.sum(d_missing * refs.value[:, e].astype(jnp.float32), axis=1)
+
+        d_system, d_beta = loop(values, wide, system, (square, vector))
+        d_system = jnp.where(columns < rows, d_system * decay, 0.0)
+        moved = d_system * alike(refs.key, refs.key)
+        d_beta += jnp.sum(moved, axis=1)
+        upto = beta * jnp.sum(moved, axis=1) - jnp.sum(beta[:, None] * moved, axis=0)
+        d_system = (d_system * beta[:, None]).astype(dtype)
+
+    products = alike(refs.query, refs.key) * decay * scale
+    d_weights = loop(
+        values, wide, lambda e, sums: sums + dot(refs.d_out[:, e], written[:, e], trans_b=True), square
+    )
+    moved = jnp.where(columns < rows, products * d_weights, 0.0)
+    upto += jnp.sum(moved, axis=1) - jnp.sum(moved, axis=0)
+    d_weights = jnp.where(seen, d_weights * decay * scale, 0.0).astype(dtype)
+    if not delta:
+        weights = jnp.where(seen, products, 0.0).astype(dtype)
+
+        def valued(e, carry):
+            d_value = zeros(CHUNK, wide)
+            d_value = loop(channels, narrow, lambda d, sums: sums + dot(refs.key[:, d], refs.d_states[d, e]), d_value)
+            d_value = d_value * onto[:, None] + dot(weights, refs.d_out[:, e], trans_a=True)
+            refs.d_value[:, e] = d_value.astype(dtype)
+            return carry
+
+        loop(values, wide, valued, 0)
+    def states(d, sums):
+        upto, after, whole, d_beta = sums
+        tile = zeros(CHUNK, narrow)
+
+        def inner(e, sums):
+            d_query, d_key, d_read, whole = sums
             state, d_state = refs.states[d, e], refs.d_states[d, e]
             d_query += dot(refs.d_out[:, e], state, trans_b=True)
             d_key += dot(written[:, e], d_state, trans_b=True)
             if delta:
-                d_read += dot(refs.d_missing[:, e], state, trans_b=True)
+                d_read -= dot(refs.d_missing[:, e], state, trans_b=True)
             if decayed:
-                whole += total(state.astype(jnp.float32) * d_state.astype(jnp.float32))
+                whole += jnp.sum(state.astype(jnp.float32) * d_state.astype(jnp.float32), axis=1)
+            return d_query, d_key, d_read, whole
+
+        d_query, d_key, d_read, whole = loop(values, wide, inner, (tile, tile, tile if delta else None, whole))
         query, key = refs.query[:, d], refs.key[:, d]
         d_query, d_key = d_query * (into * scale)[:, None], d_key * onto[:, None]
-        upto += jnp.sum(query * d_query, axis=1)
-        after += jnp.sum(key * d_key, axis=1)
+        if decayed:
+            upto += jnp.sum(query.astype(jnp.float32) * d_query, axis=1)
+            after += jnp.sum(key.astype(jnp.float32) * d_key, axis=1)
         if delta:
-            d_read = d_read * -into[:, None]
-            d_beta += (read := jnp.sum(key * d_read, axis=1))
+            d_read *= into[:, None]
+            read = jnp.sum(key.astype(jnp.float32) * d_read, axis=1)
+            d_beta += read
             upto += beta * read
             d_key += beta[:, None] * d_read + dot(d_system, key) + dot(d_system, key, trans_a=True)
         refs.d_query[:, d] = (d_query + dot(d_weights, key)).astype(dtype)
         refs.d_key[:, d] = (d_key + dot(d_weights, query, trans_a=True)).astype(dtype)
+        return upto, after, whole, d_beta
+
+    upto, after, whole, d_beta = loop(channels, narrow, states, (upto, vector, zeros(narrow), d_beta))
     if delta:
         refs.d_beta[...] = d_beta
     if decayed:
-        reached = jnp.sum(jnp.where(rows >= columns, (upto - down)[:, None], 0.0), axis=0)
+        reached = jnp.sum(jnp.where(rows >= columns, upto[:, None], 0.0), axis=0)
         reached += jnp.sum(jnp.where(rows < columns, after[:, None], 0.0), axis=0)
-        refs.d_log_decay[...] = reached + whole * refs.into[CHUNK - 1]
+        refs.d_log_decay[...] = reached + jnp.sum(whole) * refs.into[CHUNK - 1]

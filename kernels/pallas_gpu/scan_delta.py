@@ -23,7 +23,6 @@ from kernels.pallas_gpu.tiles import (
     indices,
     launch,
     parts,
-    width,
 )
 from kernels.scan_plan import transcendentals
 
@@ -44,6 +43,7 @@ def _inverse(key, beta, log_decay):
         dict(inverse=((batch, tokens, heads, CHUNK), key.dtype, square)),
         flops=batch * heads * chunks * CHUNK * CHUNK * (channels + CHUNK // 3),
         transcendentals=batch * heads * chunks * transcendentals("scalar", CHUNK, channels, log_decay is not None),
+        warps=scan.WARPS,
     )
     return inverse
 
@@ -56,20 +56,23 @@ def _inverse_body(refs):
     if refs.log_decay is not None:
         system = system * decay_matrix(refs.log_decay[...])
 
-    def below(size):
-        """What stands in blocks of `2 * size` tokens below the inverses of their halves."""
-        inside = (rows // (2 * size) == columns // (2 * size)) & (rows // size > columns // size)
-        return jnp.where(inside, system, 0.0)
+    def inside(level):
+        """Whether it is in blocks of `2 << level` tokens, below the blocks of their halves."""
+        return ((rows >> (level + 1)) == (columns >> (level + 1))) & ((rows >> level) > (columns >> level))
 
     # From halves: the inverse of [[A, 0], [L, B]] has -B^-1 L A^-1 below the diagonal.
-    inverse = jnp.where(rows == columns, 1.0, 0.0) - below(1)
-    for size in (1 << level for level in range(1, CHUNK.bit_length() - 1)):
+    def joined(level, inverse):
         split = parts(inverse, dtype)
-        inverse -= dot_parts(split, parts(dot_parts(parts(below(size), dtype), split), dtype))
+        below = dot_parts(split, parts(dot_parts(systems, split), dtype))
+        return inverse - jnp.where(inside(level), below, 0.0)
+
+    inverse = jnp.where(rows == columns, 1.0, 0.0) - jnp.where(inside(0), system, 0.0)
+    systems = parts(system, dtype)
+    inverse = jax.lax.fori_loop(1, CHUNK.bit_length() - 1, joined, inverse)
     refs.inverse[...] = inverse.astype(refs.inverse.dtype)
 
 
-def _walk(operands, wide, vectors, start, *, results, name, body, scale=1.0):
+def _walk(operands, wide, vectors, start, *, results, name, body, stages, scale=1.0):
     """A kernel that carries whole columns of states from chunk to chunk.
 
     Args:
@@ -111,7 +114,7 @@ def _walk(operands, wide, vectors, start, *, results, name, body, scale=1.0):
             "last": ((batch, heads, channels, values), jnp.float32, tile),
         },
         flops=batch * heads * chunks * pairs,
-        stages=2,
+        stages=stages,
     )
 
 
@@ -158,7 +161,9 @@ def _backward_walk(refs, *, chunks, scale):
         tokens = pl.ds(chunk * CHUNK, CHUNK)
         for d, state in zip(depths, states):
             refs.states[chunk, d, :] = state.astype(dtype)
-        d_written = sum(dot_parts([refs.key[tokens, d]], parts(state, dtype, PARTS)) for d, state in zip(depths, states))
+        d_written = sum(
+            dot_parts([refs.key[tokens, d]], parts(state, dtype, PARTS)) for d, state in zip(depths, states)
+        )
         if refs.onto is not None:
             d_written = d_written * refs.onto[tokens][:, None]
         d_written = d_written + refs.d_written[tokens, :].astype(jnp.float32)
@@ -173,9 +178,7 @@ def _backward_walk(refs, *, chunks, scale):
             states = [state * left for state in states]
         d_recalled, d_out = d_recalled.astype(dtype), d_out.astype(dtype)
         return tuple(
-            state
-            + dot(refs.query[tokens, d], d_out, trans_a=True)
-            + dot(refs.key[tokens, d], d_recalled, trans_a=True)
+            state + dot(refs.query[tokens, d], d_out, trans_a=True) + dot(refs.key[tokens, d], d_recalled, trans_a=True)
             for d, state in zip(depths, states)
         )
 
@@ -235,6 +238,7 @@ def forward(query, key, value, beta, log_decay, initial_state, *, scale: float):
         results="written",
         name="scan_delta_states",
         body=_forward_walk,
+        stages=2,
     )
     out = scan.outputs(query, key, None, written, states, log_decay, into, name="scan_delta_outputs", scale=scale)
     return out, final, states
@@ -255,6 +259,7 @@ def backward(query, key, value, beta, log_decay, states, d_out, d_final, *, scal
         results="d_missing",
         name="scan_delta_d_states",
         body=_backward_walk,
+        stages=1,
         scale=scale,
     )
     operands |= dict(onto=onto, written=written, d_missing=d_missing)

@@ -60,15 +60,27 @@ def launch(
     )(*arrays)
 
 
-def width(size: int, dtype: Any) -> int:
-    """Channels of an operand that are loaded at once."""
-    return min(size, 64 if dtype == jnp.bfloat16 else 32)
+def width(size: int, dtype: Any, most: int = 64) -> int:
+    """Channels of an operand that are loaded at once; of float32 32 at most."""
+    return min(size, most if dtype == jnp.bfloat16 else min(most, 32))
 
 
 def blocks(size: int, dtype: Any) -> list[slice]:
     """The channels of an operand in blocks."""
     step = width(size, dtype)
     return [pl.ds(start, step) for start in range(0, size, step)]
+
+
+def loop(size: int, channels: int, step: Callable[..., Any], carry: Any) -> Any:
+    """`carry = step(block, carry)` for blocks of `channels` one after another: a loop, that its loads stay in it."""
+    if channels == size:
+        return step(pl.ds(0, channels), carry)
+    return jax.lax.fori_loop(0, size // channels, lambda i, kept: step(pl.ds(i * channels, channels), kept), carry)
+
+
+def zeros(*shape: int):
+    """A float32 tile to sum in."""
+    return jnp.zeros(shape, jnp.float32)
 
 
 def dot(a, b, **transposed: bool):
@@ -94,14 +106,9 @@ def dot_parts(left, right, **transposed: bool):
     return sum(dot(left[i], right[j], **transposed) for i, j in sorted(pairs, key=sum, reverse=True))
 
 
-def indices(size: int = CHUNK):
-    """Row and column numbers of a square tile."""
-    return tuple(jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-
-
-def total(x):
-    """The sum of a tile."""
-    return jnp.sum(jnp.sum(x, axis=1), axis=0)
+def indices():
+    """Numbers of the tokens of a chunk as rows, `(C, 1)`, and as columns, `(1, C)`."""
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis, shape in enumerate(((CHUNK, 1), (1, CHUNK))))
 
 
 def decay_matrix(log_decay):
