@@ -1,12 +1,13 @@
 """Chunked recurrences on a TPU: the state stays in fast memory while a row's chunks pass by.
 
 One program computes one chunk of a group of heads. Programs of a row and group run one after the other, backward in
-the backward pass, and hand on the state, or its gradient, in the block of the result that holds the last one. Heads
-are lanes, `(B, N, H * D)`, which is the layout that operands have anyway.
+the backward pass, and hand on the state, or its gradient, in the block of the result that holds the last one.
+
+Operands are `(B, H * D, N)`, tokens being lanes: so XLA lays out what is computed per head, and with any other layout
+copies all of it before the call and after. Heads of few channels waste no lanes then, and gates are rows.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +18,6 @@ from kernels import compat, scan_plan, tuning
 from kernels.pallas_tpu import scan_channel, scan_delta, scan_scalar
 from kernels.pallas_tpu.scan_parts import Products
 
-LANES = 128
-# Of a program's blocks, two of each. A core has 64 MiB or more; a part stays for what the compiler keeps there.
-BLOCK_BYTES = 40 * 2**20
 VMEM_BYTES = 60 * 2**20
 
 
@@ -29,33 +27,16 @@ def chunk_length(kind, tokens, heads, channels, values, dtype) -> int:
 
 
 def unsupported(kind, heads, channels, values, dtype) -> str | None:
+    """Why heads of these sizes cannot be served, or None."""
     for name, size in (("D", channels), ("E", values)):
-        if size % 8 or not 8 <= size <= 256:
-            return f"{name} = {size} channels of a head; the kernel takes multiples of 8 from 8 to 256"
-    needed = _program_bytes(kind, heads, channels, values, jnp.dtype(dtype).itemsize)
-    if needed > BLOCK_BYTES:
-        return (
-            f"{heads} heads of {channels} and {values} channels need {needed >> 20} MiB at once, and there are "
-            f"{BLOCK_BYTES >> 20}; take heads of multiples of {LANES} channels, or a number of them that groups divide"
-        )
+        if size % 16 or not 16 <= size <= 256:
+            return f"a head has {name} = {size} channels; the kernel takes multiples of 16 from 16 to 256"
     return None
 
 
 def _group(heads: int, channels: int, values: int) -> int:
-    """Heads of a program: whole tiles of lanes, up to four heads if they are wide; all where there are no such."""
-    whole = [g for g in range(1, heads + 1) if not (heads % g or g * channels % LANES or g * values % LANES)]
-    if not whole:
-        return heads
-    return max([g for g in whole if g <= 4 and g * max(channels, values) <= 512], default=whole[0])
-
-
-def _program_bytes(kind, heads, channels, values, itemsize) -> int:
-    group, chunk = _group(heads, channels, values), 128
-    tokens = group * chunk * itemsize * (4 * channels + 3 * values)
-    if kind == "channel":
-        tokens += 2 * group * chunk * 4 * channels
-    state = group * -(-channels // 8) * 8 * -(-values // LANES) * LANES
-    return 2 * (tokens + state * (itemsize + 8))
+    """Heads of a program: what waits for one head's products is filled with another's."""
+    return max(g for g in (1, 2, 4) if heads % g == 0 and (g == 1 or g * max(channels, values) <= 512))
 
 
 BODIES = {
@@ -91,12 +72,12 @@ class _Shapes:
         return self.chunks - 1 - chunk if self.backward else chunk
 
     def wide(self, channels: int) -> pl.BlockSpec:
-        """A chunk of the group's heads of an array `(B, N, H * channels)`."""
-        return pl.BlockSpec((1, self.chunk, self.group * channels), lambda b, g, c: (b, self.index(c), g))
+        """A chunk of the group's heads of an array `(B, H * channels, N)`."""
+        return pl.BlockSpec((1, self.group * channels, self.chunk), lambda b, g, c: (b, g, self.index(c)))
 
-    def gate_rows(self, rows: int) -> pl.BlockSpec:
-        """A chunk of the group's heads of an array `(B, groups, chunks, rows, C)`."""
-        return pl.BlockSpec((1, 1, 1, rows, self.chunk), lambda b, g, c: (b, g, self.index(c), 0, 0))
+    def gates(self, rows: int) -> pl.BlockSpec:
+        """A chunk of the group's heads of an array `(B, groups, rows, N)`."""
+        return pl.BlockSpec((1, 1, rows, self.chunk), lambda b, g, c: (b, g, 0, self.index(c)))
 
     @property
     def state(self) -> pl.BlockSpec:
@@ -127,44 +108,52 @@ def _shapes(kind, query, key, value, beta, log_decay, initial_state, **static) -
     )
 
 
-def _flat(x):
-    """Heads as lanes."""
-    return x.reshape(*x.shape[:2], -1)
+def _turned(x):
+    """`(B, N, H, D)` as `(B, H * D, N)`."""
+    batch, tokens, heads, channels = x.shape
+    return x.transpose(0, 2, 3, 1).reshape(batch, heads * channels, tokens)
+
+
+def _turned_shape(x):
+    batch, tokens, heads, channels = x.shape
+    return jax.ShapeDtypeStruct((batch, heads * channels, tokens), x.dtype)
+
+
+def _turned_back(x, like):
+    batch, tokens, heads, channels = like.shape
+    return x.reshape(batch, heads, channels, tokens).transpose(0, 3, 1, 2)
 
 
 def _rows(shapes, arrays):
-    """Gates `(B, N, H)` as `(B, groups, chunks, gates * group, C)`."""
-    stacked = jnp.stack(arrays).reshape(
-        -1, shapes.batch, shapes.chunks, shapes.chunk, shapes.heads // shapes.group, shapes.group
-    )
-    stacked = stacked.transpose(1, 4, 2, 0, 5, 3)
-    return stacked.reshape(*stacked.shape[:3], -1, shapes.chunk)
+    """Gates `(B, N, H)` as `(B, groups, gates * group, N)`."""
+    groups = (shapes.batch, shapes.heads // shapes.group, shapes.group, shapes.tokens)
+    return jnp.concatenate([x.transpose(0, 2, 1).reshape(groups) for x in arrays], 2)
 
 
 def _from_rows(shapes, rows):
     """Gates of `_rows`, each `(B, N, H)`."""
-    rows = rows.reshape(*rows.shape[:3], -1, shapes.group, shapes.chunk)
-    arrays = rows.transpose(3, 0, 2, 5, 1, 4)
-    return tuple(arrays.reshape(-1, shapes.batch, shapes.tokens, shapes.heads))
+    heads = (shapes.batch, shapes.heads, shapes.tokens)
+    gates = rows.shape[2] // shapes.group
+    return [x.reshape(heads).transpose(0, 2, 1) for x in jnp.split(rows, gates, 2)]
 
 
 def _operands(shapes, query, key, value, beta, log_decay):
     """The operands of both kernels: names to pairs of an array and how it comes in blocks."""
     channels, values = shapes.channels, shapes.values
     found = {
-        "query": (_flat(query), shapes.wide(channels)),
-        "key": (_flat(key), shapes.wide(channels)),
-        "value": (_flat(value), shapes.wide(values)),
+        "query": (_turned(query), shapes.wide(channels)),
+        "key": (_turned(key), shapes.wide(channels)),
+        "value": (_turned(value), shapes.wide(values)),
     }
     if shapes.kind == "channel":
-        found["log_decay"] = (_flat(log_decay), shapes.wide(channels))
+        found["log_decay"] = (_turned(log_decay), shapes.wide(channels))
         return found
     gates = () if beta is None else (beta,)
     if log_decay is not None:
         gates += scan_plan.decay_sums(log_decay, shapes.chunk)
     if gates:
         rows = _rows(shapes, gates)
-        found["gates"] = (rows, shapes.gate_rows(rows.shape[3]))
+        found["gates"] = (rows, shapes.gates(rows.shape[2]))
     return found
 
 
@@ -201,7 +190,7 @@ def forward(kind, query, key, value, beta, log_decay, initial_state, *, chunk, s
         operands["initial"] = (initial_state, shapes.state)
     state = (shapes.batch, shapes.heads, shapes.channels, shapes.values)
     results = {
-        "out": (jax.ShapeDtypeStruct(_flat_shape(value), value.dtype), shapes.wide(shapes.values)),
+        "out": (_turned_shape(value), shapes.wide(shapes.values)),
         "final": (jax.ShapeDtypeStruct(state, jnp.float32), shapes.state),
     }
     if keep:
@@ -210,7 +199,7 @@ def forward(kind, query, key, value, beta, log_decay, initial_state, *, chunk, s
     sizes = chunk, shapes.channels, shapes.values
     transcendentals = scan_plan.transcendentals(kind, chunk, shapes.channels, shapes.decayed)
     found = _call(_forward_body, shapes, operands, results, scan_plan.forward_flops(kind, *sizes), transcendentals)
-    return found["out"].reshape(value.shape), found["final"], found.get("states")
+    return _turned_back(found["out"], value), found["final"], found.get("states")
 
 
 def backward(kind, query, key, value, beta, log_decay, initial_state, states, d_out, d_final_state, *, chunk, scale):
@@ -218,42 +207,38 @@ def backward(kind, query, key, value, beta, log_decay, initial_state, states, d_
     shapes = _shapes(kind, query, key, value, beta, log_decay, initial_state, chunk=chunk, scale=scale, backward=True)
     channels, values = shapes.channels, shapes.values
     operands = _operands(shapes, query, key, value, beta, log_decay)
-    operands["d_out"] = (_flat(d_out), shapes.wide(values))
+    operands["d_out"] = (_turned(d_out), shapes.wide(values))
     operands["states"] = (states, shapes.states)
     operands["d_final"] = (d_final_state, shapes.state)
     results = {
-        "d_query": (jax.ShapeDtypeStruct(_flat_shape(query), query.dtype), shapes.wide(channels)),
-        "d_key": (jax.ShapeDtypeStruct(_flat_shape(key), key.dtype), shapes.wide(channels)),
-        "d_value": (jax.ShapeDtypeStruct(_flat_shape(value), value.dtype), shapes.wide(values)),
+        "d_query": (_turned_shape(query), shapes.wide(channels)),
+        "d_key": (_turned_shape(key), shapes.wide(channels)),
+        "d_value": (_turned_shape(value), shapes.wide(values)),
         "d_initial": (jax.ShapeDtypeStruct(d_final_state.shape, jnp.float32), shapes.state),
     }
     if kind == "channel":
-        shape = jax.ShapeDtypeStruct(_flat_shape(log_decay), jnp.float32)
-        results["d_log_decay"] = (shape, shapes.wide(channels))
+        results["d_log_decay"] = (_turned_shape(log_decay), shapes.wide(channels))
     rows = shapes.group * ((kind == "delta") + (shapes.decayed and kind != "channel"))
     if rows:
-        shape = (shapes.batch, shapes.heads // shapes.group, shapes.chunks, rows, chunk)
-        results["d_gates"] = (jax.ShapeDtypeStruct(shape, jnp.float32), shapes.gate_rows(rows))
+        shape = (shapes.batch, shapes.heads // shapes.group, rows, shapes.tokens)
+        results["d_gates"] = (jax.ShapeDtypeStruct(shape, jnp.float32), shapes.gates(rows))
     sizes = chunk, channels, values
     transcendentals = scan_plan.transcendentals(kind, chunk, channels, shapes.decayed)
     found = _call(_backward_body, shapes, operands, results, scan_plan.backward_flops(kind, *sizes), transcendentals)
     d_beta = d_log_decay = None
     if "d_log_decay" in found:
-        d_log_decay = found["d_log_decay"].reshape(log_decay.shape)
+        d_log_decay = _turned_back(found["d_log_decay"], log_decay)
     if rows:
         gates = _from_rows(shapes, found["d_gates"])
         d_beta = gates[0] if kind == "delta" else None
         d_log_decay = gates[-1] if shapes.decayed else None
-    gradients = (found["d_query"].reshape(query.shape), found["d_key"].reshape(key.shape))
-    return *gradients, found["d_value"].reshape(value.shape), d_beta, d_log_decay, found["d_initial"]
-
-
-def _flat_shape(x):
-    return (*x.shape[:2], math.prod(x.shape[2:]))
+    wide = (("d_query", query), ("d_key", key), ("d_value", value))
+    gradients = (_turned_back(found[name], like) for name, like in wide)
+    return *gradients, d_beta, d_log_decay, found["d_initial"]
 
 
 class Gates(NamedTuple):
-    """Of a head: its log decay's sums and its beta, each as a column and a row, or the log decays of its channels."""
+    """Of a head: the coarse and fine sum of its log decay and its beta, rows all, or its channels' log decays."""
 
     sums: Any = None
     beta: Any = None
@@ -263,34 +248,30 @@ class Gates(NamedTuple):
 def _gates(refs, shapes):
     """The gates of each head of the group."""
     if shapes.kind == "channel":
-        return [Gates(log_decay=_lanes(refs["log_decay"], head, shapes.channels)) for head in range(shapes.group)]
-    if "gates" not in refs:
-        return [Gates()] * shapes.group
-    rows = refs["gates"][0, 0, 0]
-    columns = jnp.pad(rows, ((0, -len(rows) % 8), (0, 0))).T
+        return [Gates(log_decay=_part(refs["log_decay"], head, shapes.channels)) for head in range(shapes.group)]
 
-    def gate(position, head):
+    def row(position, head):
         at = position * shapes.group + head
-        return columns[:, at : at + 1], rows[at : at + 1]
+        return refs["gates"][0, 0, at : at + 1]
 
     first = int(shapes.kind == "delta")
     return [
         Gates(
-            sums=(gate(first, head), gate(first + 1, head)) if shapes.decayed else None,
-            beta=gate(0, head) if first else None,
+            sums=(row(first, head), row(first + 1, head)) if shapes.decayed else None,
+            beta=row(0, head) if first else None,
         )
         for head in range(shapes.group)
     ]
 
 
-def _lanes(ref, head, width):
+def _part(ref, head, channels):
     """A head's part of a block, in float32."""
-    return ref[0, :, head * width : (head + 1) * width].astype(jnp.float32)
+    return ref[0, head * channels : (head + 1) * channels].astype(jnp.float32)
 
 
 def _store(ref, head, x):
-    width = x.shape[1]
-    ref[0, :, head * width : (head + 1) * width] = x.astype(ref.dtype)
+    channels = len(x)
+    ref[0, head * channels : (head + 1) * channels] = x.astype(ref.dtype)
 
 
 def _forward_body(refs, shapes):
@@ -306,7 +287,7 @@ def _forward_body(refs, shapes):
         state = state_ref[0, head]
         if "states" in refs:
             refs["states"][0, head, 0] = state.astype(refs["states"].dtype)
-        operands = (_lanes(refs[name], head, size) for name, size in _widths(channels, values))
+        operands = (_part(refs[name], head, size) for name, size in _widths(channels, values))
         out, state = BODIES[shapes.kind][0](product, *operands, gates, state, shapes.scale)
         _store(refs["out"], head, out)
         state_ref[0, head] = state
@@ -326,9 +307,9 @@ def _backward_body(refs, shapes):
 
     product = Products(shapes.dtype == "bfloat16")
     for head, gates in enumerate(_gates(refs, shapes)):
-        operands = (_lanes(refs[name], head, size) for name, size in _widths(channels, values))
+        operands = (_part(refs[name], head, size) for name, size in _widths(channels, values))
         state = refs["states"][0, head, 0].astype(jnp.float32)
-        d_out = _lanes(refs["d_out"], head, values) * shapes.scale
+        d_out = _part(refs["d_out"], head, values) * shapes.scale
         *wide, d_beta, d_log_decay, d_state = BODIES[shapes.kind][1](
             product, *operands, gates, state, d_out, state_ref[0, head]
         )
@@ -340,7 +321,7 @@ def _backward_body(refs, shapes):
         else:
             for position, row in enumerate(x for x in (d_beta, d_log_decay) if x is not None):
                 at = position * group + head
-                refs["d_gates"][0, 0, 0, at : at + 1] = row
+                refs["d_gates"][0, 0, at : at + 1] = row
 
 
 BACKEND = scan_plan.Backend("pallas_tpu", ("tpu",), forward, backward, chunk_length, unsupported)

@@ -29,18 +29,18 @@ class Products(NamedTuple):
         return x.astype(jnp.bfloat16).astype(jnp.float32) if self.narrow else x
 
     def of_state(self, left, right, contract=NN):
-        """The same with all digits of the right one that matter, which a state has gathered over many tokens."""
+        """The same with all digits of the left one that matter, which a state has gathered over many tokens."""
         if not self.narrow:
             return self(left, right, contract)
-        high, low = _halves(right)
-        return self(left, high, contract) + self(left, low, contract)
+        high, low = _halves(left)
+        return self(high, right, contract) + self(low, right, contract)
 
     def precise(self, left, right, contract=NN):
         """The same with those of both."""
         if not self.narrow:
             return self(left, right, contract)
-        high, low = _halves(left)
-        return self.of_state(high, right, contract) + self(low, right, contract)
+        high, low = _halves(right)
+        return self.of_state(left, high, contract) + self(left, low, contract)
 
 
 def _product(left, right, contract, precision):
@@ -54,17 +54,16 @@ def _halves(x):
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def places(chunk: int, columns: int | None = None):
-    """Row and column numbers of a matrix of a chunk's tokens, or of their channels."""
-    shape = (chunk, chunk if columns is None else columns)
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 0), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+def places(rows: int, columns: int):
+    """Row and column numbers of a matrix."""
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
 
 
 def level_mask(chunk: int, size: int):
-    """Pairs of a token in the second half of a block of `2 * size` and one in its first half."""
-    rows, columns = places(chunk)
+    """Pairs, as row and column, of a token in the first half of a block of `2 * size` and one in its second half."""
+    rows, columns = places(chunk, chunk)
     apart = jnp.bitwise_xor(rows, columns)
-    return (rows > columns) & (apart >= size) & (apart < 2 * size)
+    return (rows < columns) & (apart >= size) & (apart < 2 * size)
 
 
 def sizes(chunk: int) -> list[int]:
@@ -76,9 +75,9 @@ class Decay(NamedTuple):
     """Of a chunk of a head.
 
     Attributes:
-        between: `(C, C)`, what is left at a row's token of what a column's has written, 0 above the diagonal.
-        into: `(C, 1)`, what is left at a token of the state before the chunk.
-        onto: `(C, 1)`, what is left at the chunk's end of what a token has written.
+        between: `(C, C)`, what is left at a column's token of what a row's has written, 0 below the diagonal.
+        into: `(1, C)`, what is left at a token of the state before the chunk.
+        onto: `(1, C)`, what is left at the chunk's end of what a token has written.
         total: `(1, 1)`, what is left at the chunk's end of the state before it.
     """
 
@@ -89,14 +88,15 @@ class Decay(NamedTuple):
 
 
 def scalar_decay(chunk: int, sums) -> Decay:
-    """The decay from its sums: a coarse and a fine one, each as a column `(C, 1)` and a row `(1, C)`; or of None."""
-    rows, columns = places(chunk)
-    lower = rows >= columns
+    """The decay from its sums, a coarse and a fine one `(1, C)`, as in `scan_plan.decay_sums`; or of None."""
+    rows, columns = places(chunk, chunk)
+    upper = rows <= columns
     if sums is None:
-        return Decay(lower.astype(jnp.float32), 1.0, 1.0, 1.0)
-    (coarse, coarse_row), (fine, fine_row) = sums
-    between = jnp.exp(jnp.where(lower, (coarse - coarse_row) + (fine - fine_row), -jnp.inf))
-    last, last_fine = coarse[-1:], fine[-1:]
+        return Decay(upper.astype(jnp.float32), 1.0, 1.0, 1.0)
+    coarse, fine = sums
+    coarse_columns, fine_columns = _columns(coarse, fine)
+    between = jnp.exp(jnp.where(upper, (coarse - coarse_columns) + (fine - fine_columns), -jnp.inf))
+    last, last_fine = coarse[:, -1:], fine[:, -1:]
     onto = jnp.exp((last - coarse) + (last_fine - fine))
     return Decay(between, jnp.exp(coarse + fine), onto, jnp.exp(last + last_fine))
 
@@ -108,22 +108,19 @@ def decay_gradient(pairs, into, onto, total):
     the rest taken off, a strong decay's small gradient would be lost in what is left.
 
     Args:
-        pairs: `(C, C)`, cotangent times value of what tokens get from others, 0 on and above the diagonal.
-        into: `(C, 1)`, the same of what tokens get from the state before the chunk.
-        onto: `(C, 1)`, the same of what tokens leave to the state after it.
+        pairs: `(C, C)`, cotangent times value of what a column's token gets from a row's, 0 on and below the diagonal.
+        into: `(1, C)`, the same of what tokens get from the state before the chunk.
+        onto: `(1, C)`, the same of what tokens leave to the state after it.
         total: `(1, 1)`, the same of what the state before leaves to the state after.
     """
-    rows, columns = places(len(pairs))
-    received = into + pairs.sum(1, keepdims=True) - as_column(pairs.sum(0, keepdims=True))
-    return jnp.where(rows >= columns, received, onto).sum(0, keepdims=True) + total
+    rows, columns = places(*pairs.shape)
+    received, left = _columns(into + pairs.sum(0, keepdims=True), onto)
+    received -= pairs.sum(1, keepdims=True)
+    return jnp.where(rows >= columns, received, left).sum(0, keepdims=True) + total
 
 
-def as_column(row):
-    """`(1, C)` as `(C, 1)`."""
-    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
-
-
-def as_row(column):
-    """`(C, 1)` as `(1, C)`."""
-    rows, columns = places(len(column))
-    return jnp.where(rows == columns, column, 0.0).sum(0, keepdims=True)
+def _columns(*rows):
+    """Rows `(1, C)`, up to eight, as columns `(C, 1)`."""
+    filler = jnp.zeros((8 - len(rows), rows[0].shape[1]), jnp.float32)
+    turned = jnp.concatenate((*rows, filler)).T
+    return tuple(turned[:, i : i + 1] for i in range(len(rows)))
