@@ -253,8 +253,8 @@ def test_what_a_kernel_does_not_serve_is_left_to_xla():
 
     assert "form='recurrent'" in refusal(delta_rule, arrays, form="recurrent")
     assert "return_weights=True" in refusal(gated_linear_attention, gated, return_weights=True)
-    for dtype in (jnp.float16, jnp.float8_e4m3fn):
-        assert f"value is {dtype.__name__}" in refusal(delta_rule, arrays | {"value": arrays["value"].astype(dtype)})
+    half = arrays["value"].astype(jnp.float16)
+    assert "value is float16" in refusal(delta_rule, arrays | {"value": half})
     assert "D = 129 channels" in refusal(delta_rule, resized(arrays, D=129))
     assert "nothing to compute" in refusal(gated_linear_attention, resized(gated, B=0))
     for sizes in (dict(B=0), dict(H=0)):
