@@ -18,9 +18,10 @@ from kernels.pallas_gpu.tiles import CHUNK, blocks, decay_matrix, dot, indices, 
 from kernels.scan_plan import backward_flops, forward_flops, transcendentals
 
 import os
-STAGES=int(os.environ.get('W_S','1'))
-WARPS=int(os.environ.get('W_W','4'))
-NARROW, WIDE = int(os.environ.get('W_D','64')), int(os.environ.get('W_E','64'))
+
+STAGES = int(os.environ.get("W_S", "1"))
+WARPS = int(os.environ.get("W_W", "4"))
+NARROW, WIDE = int(os.environ.get("W_D", "64")), int(os.environ.get("W_E", "64"))
 
 
 def ends(log_decay):
@@ -122,9 +123,7 @@ def per_chunk(*shape: int):
     return pl.BlockSpec((None, None, None, *shape), lambda c, h, b: (b, h, c) + (0,) * len(shape))
 
 
-def outputs(
-    query, key, weights, value, states, log_decay, into, *, name: str, scale: float, transposed: bool = False
-):
+def outputs(query, key, weights, value, states, log_decay, into, *, name: str, scale: float, transposed: bool = False):
     """The outputs `(B, N, H, E)` from the states before each chunk.
 
     Either `key`, with `log_decay` and `into` `(B, H, N)` or None; or the `weights` `(B, N, H, C)`, which have `scale`, and are
@@ -240,7 +239,8 @@ def gradients(operands, states, d_states, d_out, *, name: str, scale: float):
         results,
         flops=batch * heads * chunks * flops,
         transcendentals=batch * heads * chunks * transcendentals("scalar", CHUNK, channels, decayed),
-        warps=WARPS, stages=STAGES,
+        warps=WARPS,
+        stages=STAGES,
     )
     made = dict(zip(results, made))
     d_beta, d_log_decay = (by_head(made.get(key)) for key in ("d_beta", "d_log_decay"))
@@ -257,6 +257,7 @@ def _gradients(refs, *, scale):
     seen = columns <= rows
     decay = decay_matrix(refs.log_decay[...]) if decayed else jnp.where(seen, 1.0, 0.0)
     into, onto = (refs.into[...], refs.onto[...]) if decayed else (vector + 1, vector + 1)
+
     def alike(left, right):
         return loop(channels, narrow, lambda d, sums: sums + dot(left[:, d], right[:, d], trans_b=True), square)
 
@@ -281,9 +282,7 @@ def _gradients(refs, *, scale):
         d_system = (d_system * beta[:, None]).astype(dtype)
 
     products = alike(refs.query, refs.key) * decay * scale
-    d_weights = loop(
-        values, wide, lambda e, sums: sums + dot(refs.d_out[:, e], written[:, e], trans_b=True), square
-    )
+    d_weights = loop(values, wide, lambda e, sums: sums + dot(refs.d_out[:, e], written[:, e], trans_b=True), square)
     moved = jnp.where(columns < rows, products * d_weights, 0.0)
     upto += jnp.sum(moved, axis=1) - jnp.sum(moved, axis=0)
     d_weights = jnp.where(seen, d_weights * decay * scale, 0.0).astype(dtype)
@@ -298,6 +297,7 @@ def _gradients(refs, *, scale):
             return carry
 
         loop(values, wide, valued, 0)
+
     def states(d, sums):
         upto, after, whole, d_beta = sums
         tile = zeros(CHUNK, narrow)

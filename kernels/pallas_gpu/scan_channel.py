@@ -61,7 +61,8 @@ def _prepare(query, key, log_decay, *, scale: float):
         ),
         flops=batch * heads * chunks * CHUNK * CHUNK * channels,
         transcendentals=batch * heads * chunks * transcendentals("channel", CHUNK, channels, True),
-        warps=WARPS, stages=STAGES,
+        warps=WARPS,
+        stages=STAGES,
     )
 
 
@@ -133,7 +134,8 @@ def backward(query, key, value, log_decay, states, d_out, d_final, *, scale: flo
         ),
         flops=batch * heads * chunks * flops,
         transcendentals=batch * heads * chunks * transcendentals("channel", CHUNK, channels, True),
-        warps=WARPS, stages=STAGES,
+        warps=WARPS,
+        stages=STAGES,
     )
     return d_query, d_key, d_value, None, d_log_decay, d_initial
 

@@ -108,7 +108,9 @@ def dot_parts(left, right, **transposed: bool):
 
 def indices():
     """Numbers of the tokens of a chunk as rows, `(C, 1)`, and as columns, `(1, C)`."""
-    return tuple(jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis, shape in enumerate(((CHUNK, 1), (1, CHUNK))))
+    return tuple(
+        jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis, shape in enumerate(((CHUNK, 1), (1, CHUNK)))
+    )
 
 
 def decay_matrix(log_decay):
