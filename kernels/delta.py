@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels import scan_plan
 from kernels.chunks import (
     check_operands,
     decay_matrix,
@@ -17,6 +18,8 @@ from kernels.chunks import (
 )
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
+from kernels.pallas_gpu import recurrence
+from kernels.pallas_tpu import scan
 
 
 def _xla(query, key, value, beta, log_decay, initial_state, segments, *, scale, form, chunk_size, return_state):
@@ -54,7 +57,11 @@ def _xla(query, key, value, beta, log_decay, initial_state, segments, *, scale, 
     return (out, state) if return_state else out
 
 
-TABLE = (Implementation("xla", _xla),)
+TABLE = (
+    Implementation("xla", _xla),
+    scan_plan.delta(scan.BACKEND),
+    scan_plan.delta(recurrence.BACKEND),
+)
 
 
 def delta_rule(

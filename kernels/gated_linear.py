@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels import scan_plan
 from kernels.chunks import (
     check_operands,
     decay_matrix,
@@ -18,6 +19,8 @@ from kernels.chunks import (
 )
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
+from kernels.pallas_gpu import recurrence
+from kernels.pallas_tpu import scan
 
 
 def _weights(query, key, levels):
@@ -64,7 +67,11 @@ def _xla(
     return results if len(results) > 1 else out
 
 
-TABLE = (Implementation("xla", _xla),)
+TABLE = (
+    Implementation("xla", _xla),
+    scan_plan.gated_linear(scan.BACKEND),
+    scan_plan.gated_linear(recurrence.BACKEND),
+)
 
 
 def gated_linear_attention(

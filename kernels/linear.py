@@ -12,6 +12,7 @@ from kernels.choices import check_choice
 from kernels.chunks import FORMS, check_segments
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
+from kernels.gated_linear import TABLE as GATED
 from kernels.gated_linear import gated_linear_attention
 from kernels.running import running
 
@@ -21,6 +22,9 @@ def _elu1(x):
     # not taken cannot overflow and make the gradient nan.
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
+
+# Numbers of channels that kernels take are multiples of this.
+KERNEL_CHANNELS = 16
 
 FEATURE_MAPS: dict[str, Callable] = {"elu1": _elu1, "relu": jax.nn.relu, "identity": lambda x: x}
 
@@ -62,16 +66,35 @@ def _noncausal(query, key, value, *, feature_map, epsilon, return_weights):
 
 
 def _causal(
-    query, key, value, state, segments, *, feature_map, epsilon, form, chunk_size, return_state, return_weights
+    query,
+    key,
+    value,
+    state,
+    segments,
+    *,
+    feature_map,
+    epsilon,
+    form,
+    chunk_size,
+    return_state,
+    return_weights,
+    kernel=None,
 ):
     dtype, acc = value.dtype, accumulator_dtype(value.dtype)
     query, key = feature_map(query.astype(acc)), feature_map(key.astype(acc))
     batch, tokens, heads, features = key.shape
+    values = value.shape[-1]
     # A channel that is 1 in every token carries the normaliser along.
     value = jnp.concatenate((value.astype(acc), jnp.ones((batch, tokens, heads, 1), acc)), -1)
+    unused = 0
+    if kernel is not None:
+        # A kernel sums up in float32 what may be products of 16 bits, and takes some numbers of channels only.
+        unused = -value.shape[-1] % KERNEL_CHANNELS
+        value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, unused)))
+        query, key, value = (x.astype(dtype) for x in (query, key, value))
     before, sums = jnp.zeros(batch, acc), None
     if state is not None:
-        wanted = (batch, heads, features, value.shape[-1] - 1)
+        wanted = (batch, heads, features, values)
         if state.products.shape != wanted or state.keys.shape != wanted[:3] or state.tokens.shape != wanted[:1]:
             raise ValueError(
                 f"initial_state must have products (B, H, F, E), keys (B, H, F) and tokens (B,), products being "
@@ -79,22 +102,17 @@ def _causal(
             )
         before = state.tokens.astype(acc)
         sums = jnp.concatenate((state.products.astype(acc), state.keys.astype(acc)[..., None]), -1)
-    out, sums, *weights = gated_linear_attention(
-        query,
-        key,
-        value,
-        scale=1.0,
-        form=form,
-        chunk_size=chunk_size,
-        initial_state=sums,
-        return_state=True,
-        segments=segments,
-        implementation="xla",
-        return_weights=return_weights,
-    )
+        sums = jnp.pad(sums, ((0, 0), (0, 0), (0, 0), (0, unused)))
+    options = dict(scale=1.0, form=form, chunk_size=chunk_size, return_state=True, return_weights=return_weights)
+    if kernel is not None:
+        out, sums, *weights = kernel(query, key, value, None, sums, segments, **options)
+    else:
+        out, sums, *weights = gated_linear_attention(
+            query, key, value, initial_state=sums, segments=segments, implementation="xla", **options
+        )
     # Tokens of its document that each token sees, itself among them.
     counts = running(jnp.ones((batch, tokens, 1), acc), before[:, None], segments)[..., 0]
-    out, normalizer = out[..., :-1], out[..., -1:]
+    out, normalizer = (x.astype(acc) for x in (out[..., :values], out[..., values : values + 1]))
     if epsilon is not None:
         seen = counts[:, :, None, None]
         factor = 1 / (normalizer / seen + epsilon) / seen
@@ -102,7 +120,7 @@ def _causal(
         weights = [w * factor.transpose(0, 2, 1, 3) for w in weights]
     results = (out.astype(dtype),)
     if return_state:
-        results += (LinearState(sums[..., :-1], sums[..., -1], counts[:, -1]),)
+        results += (LinearState(sums[..., :values], sums[..., values], counts[:, -1]),)
     results += tuple(weights)
     return results if len(results) > 1 else results[0]
 
@@ -114,7 +132,26 @@ def _xla(query, key, value, state, segments, *, causal, form, chunk_size, return
     return _causal(query, key, value, state, segments, **options)
 
 
-TABLE = (Implementation("xla", _xla),)
+def _with_kernel(gated: Implementation) -> Implementation:
+    """Causal attention by a kernel of gated linear attention."""
+
+    def run(*arrays, causal, **options):
+        return _causal(*arrays, kernel=gated.run, **options)
+
+    def unsupported(query, key, value, state, segments, *, feature_map, causal, **options):
+        if not causal:
+            return "causal=False is two products and no recurrence; use implementation='xla'"
+        acc = accumulator_dtype(value.dtype)
+        mapped = (jax.eval_shape(feature_map, jax.ShapeDtypeStruct(x.shape, acc)) for x in (query, key))
+        query, key = (jax.ShapeDtypeStruct(x.shape, value.dtype) for x in mapped)
+        channels = -(-(value.shape[-1] + 1) // KERNEL_CHANNELS) * KERNEL_CHANNELS
+        value = jax.ShapeDtypeStruct((*value.shape[:3], channels), value.dtype)
+        return gated.unsupported(query, key, value, None, None, segments, **options)
+
+    return Implementation(gated.name, run, unsupported, platforms=gated.platforms, batched=(True,) * 5)
+
+
+TABLE = (Implementation("xla", _xla), *(_with_kernel(i) for i in GATED if i.batched is not None))
 
 
 def linear_attention(
@@ -173,6 +210,8 @@ def linear_attention(
         run, then with `return_weights` the weights `(B, H, N, M)`, in float32 (float64 for float64), without what
         came from `initial_state`. With a normaliser of size z a row of them sums to z / (z + epsilon). Feature
         maps, sums and normaliser are float32 (float64 for float64 values).
+
+        A kernel rounds feature maps to bfloat16 where values are.
 
     Raises:
         ValueError: for shapes that do not fit, an unknown feature map or form, a negative epsilon, a chunk size below

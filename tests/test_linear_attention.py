@@ -162,7 +162,7 @@ def test_implementations():
         expected = linear_attention(query, key, value)
     assert {choice.implementation for choice in choices} == {"xla"}
     np.testing.assert_array_equal(linear_attention(query, key, value, implementation="xla"), expected)
-    with pytest.raises(NotImplementedError, match="pallas_tpu: not written for this op, which has xla"):
+    with pytest.raises(NotImplementedError, match="pallas_tpu: causal=False is two products"):
         linear_attention(query, key, value, implementation="pallas_tpu")
 
 

@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA GPUs, written in Pallas and compiled by Triton."""
+"""Kernels for GPUs, in Pallas: a module per family of ops."""

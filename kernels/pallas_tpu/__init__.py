@@ -1,1 +1,1 @@
-"""Kernels for TPUs, written in Pallas and compiled by Mosaic."""
+"""Kernels for TPUs, in Pallas."""
