@@ -12,6 +12,7 @@ import ml_collections
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import zoo
+from kernels.dispatch import only_for
 from train import optim, sharding, step, tasks
 from train.face_set import FaceSet
 from train.sequences import SequenceSet
@@ -154,7 +155,11 @@ def _traced(precision: str, mesh: Mesh, function: Callable[..., Any]) -> Callabl
     """The function, traced with this precision for matrix products of float32, and with its kernels over the mesh."""
 
     def traced(*args):
-        with jax.default_matmul_precision(precision), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with (
+            jax.default_matmul_precision(precision),
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+            only_for(mesh.devices.flat[0].platform),
+        ):
             return function(*args)
 
     return traced
