@@ -82,7 +82,7 @@ def layout(g: Geometry, dtype, bias: bool, *, backward: bool) -> Layout:
     """The blocks of a call, the measured ones if there are any."""
     wide, tokens = _power_of_two(g.dim), _power_of_two(g.tokens)
     # Products in float32 hold whole operands in registers.
-    largest = 64 if dtype == jnp.bfloat16 else 32
+    largest = 64 if dtype == jnp.bfloat16 else 16 if backward and wide > 16 else 32
     block = min(tokens, largest)
     blocks = -(-g.tokens // block)
     windows = g.batch * g.windows
@@ -90,8 +90,12 @@ def layout(g: Geometry, dtype, bias: bool, *, backward: bool) -> Layout:
     if bias and blocks == 1:
         # The bias is read, and its gradient written, once for all windows of a program.
         together = max(1, min(16, windows * g.heads // PROGRAMS))
-    small = block * wide <= 32 * 64 and not (bias and backward)
-    warps = 1 if block <= 16 else 2 if small else 4
+    # So many that the compiler keeps all tiles in registers, for compute capabilities 8.0 to 9.0.
+    warps = 1 if block <= 16 else 2 if block * wide <= 64 * 32 else 4
+    if blocks > 1 or bias and backward:
+        warps = max(warps, 4)
+    if backward and wide > 32:
+        warps = 8
     default = dict(together=together, warps=warps, stages=2)
     shape = dict(tokens=tokens, dim=wide, bias=bias, backward=backward, dtype=jnp.dtype(dtype).name)
     return Layout(g, block, blocks, wide, **tuning.blocks("window", "gpu", default, **shape))
