@@ -185,7 +185,7 @@ def attend(
         `(B, query tokens, heads * value_dim)`.
     """
     count = len(arrays)
-    matched = compat.match_varying(*arrays, lists, weights, valid, mask)
+    matched = compat.match_varying(*arrays, lists.astype(jnp.int32), weights, valid, mask)
     static = dict(plan=plan, forward=forward, backward=backward)
     return compat.traced_once(_traced, static, matched[:count], *matched[count:])
 
