@@ -134,13 +134,18 @@ Backward = Callable[..., tuple[tuple[jax.Array, ...], jax.Array | None]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(plan, forward, backward, arrays, lists, weights, valid, mask):
-    return forward(plan, arrays, lists, weights, valid, mask)[0]
+def _attend(plan, forward, backward, *operands):
+    return compat.traced_once(_results, dict(plan=plan, forward=forward), *operands)[0]
 
 
 def _attend_forward(plan, forward, backward, arrays, lists, weights, valid, mask):
-    out, kept = forward(plan, arrays, lists, weights, valid, mask)
-    return out, (arrays, lists, weights, valid, mask, kept)
+    operands = arrays, lists, weights, valid, mask
+    out, kept = compat.traced_once(_results, dict(plan=plan, forward=forward), *operands)
+    return out, (*operands, kept)
+
+
+def _results(*operands, plan, forward):
+    return forward(plan, *operands)
 
 
 def _gradients(*saved, plan, backward):
@@ -154,10 +159,6 @@ def _attend_backward(plan, forward, backward, saved, cotangent):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _traced(arrays, lists, weights, valid, mask, *, plan, forward, backward):
-    return _attend(plan, forward, backward, arrays, lists, weights, valid, mask)
 
 
 def attend(
@@ -185,9 +186,8 @@ def attend(
         `(B, query tokens, heads * value_dim)`.
     """
     count = len(arrays)
-    matched = compat.match_varying(*arrays, lists, weights, valid, mask)
-    static = dict(plan=plan, forward=forward, backward=backward)
-    return compat.traced_once(_traced, static, matched[:count], *matched[count:])
+    matched = compat.match_varying(*arrays, lists.astype(jnp.int32), weights, valid, mask)
+    return _attend(plan, forward, backward, matched[:count], *matched[count:])
 
 
 def inverted(lists: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

@@ -304,7 +304,7 @@ MAPS = {
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "pooled" else ()) for n in MAPS])
 def test_bilevel_attention_by_kernels(name, implementation):
     (h, w), c, heads, region, k, options = MAPS[name]
     rng = np.random.default_rng(0)

@@ -16,8 +16,9 @@ from jax.experimental.pallas import triton
 from kernels import block_sparse_plan, compat, tuning
 from kernels.block_sparse_plan import Plan, inverted
 
-# Of queries or keys at a time, and at most so many bytes of them: operands of a product lie in shared memory.
-TILE, TILE_BYTES = 64, 16384
+# Rows of a tile by the bytes of a number, and bytes of a tile at most: a product in float32 has no matrix instruction
+# and holds both its operands in registers.
+TILES, TILE_BYTES = {2: 64, 4: 32}, 8192
 INT32 = 2**31
 
 
@@ -49,7 +50,8 @@ def _power(size: int) -> int:
 
 def _tile(tokens: int, width: int, dtype) -> int:
     """Rows of a tile: a power of two, at least the 16 of a matrix instruction."""
-    most = max(16, min(TILE, TILE_BYTES // (_power(width) * jnp.dtype(dtype).itemsize)))
+    itemsize = jnp.dtype(dtype).itemsize
+    most = max(16, min(TILES[itemsize], TILE_BYTES // (_power(width) * itemsize)))
     return max(16, min(_power(tokens), most))
 
 
