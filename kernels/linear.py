@@ -141,8 +141,7 @@ def _with_kernel(gated: Implementation) -> Implementation:
         if not causal:
             return "causal=False is two products and no recurrence; use implementation='xla'"
         acc = accumulator_dtype(value.dtype)
-        mapped = (jax.eval_shape(feature_map, jax.ShapeDtypeStruct(x.shape, acc)) for x in (query, key))
-        query, key = mapped
+        query, key = (jax.eval_shape(feature_map, jax.ShapeDtypeStruct(x.shape, acc)) for x in (query, key))
         channels = -(-(value.shape[-1] + 1) // KERNEL_CHANNELS) * KERNEL_CHANNELS
         value = jax.ShapeDtypeStruct((*value.shape[:3], channels), acc)
         return gated.unsupported(query, key, value, None, None, segments, **options)
