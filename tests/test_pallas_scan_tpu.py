@@ -95,8 +95,8 @@ def closed_form(kind, shape):
     if name == "channel":
         moved += 3 * 4 * rows * channels
     else:
-        # Two sums of the decay and beta, twice; their gradients.
-        moved += 4 * rows * (5 * (op.decay is not None) + 3 * op.beta)
+        # Decay and beta, twice, and their gradients.
+        moved += 4 * rows * 3 * ((op.decay is not None) + op.beta)
     return flops, exponentials, moved
 
 

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from kernels import compat, scan_plan, tuning
 from kernels.pallas_tpu import scan_channel, scan_delta, scan_scalar
-from kernels.pallas_tpu.scan_parts import Products
+from kernels.pallas_tpu.scan_parts import Products, decay_sums
 
 VMEM_BYTES = 60 * 2**20
 
@@ -150,7 +150,7 @@ def _operands(shapes, query, key, value, beta, log_decay):
         return found
     gates = () if beta is None else (beta,)
     if log_decay is not None:
-        gates += scan_plan.decay_sums(log_decay, shapes.chunk)
+        gates += (log_decay,)
     if gates:
         rows = _rows(shapes, gates)
         found["gates"] = (rows, shapes.gates(rows.shape[2]))
@@ -250,15 +250,19 @@ def _gates(refs, shapes):
     if shapes.kind == "channel":
         return [Gates(log_decay=_part(refs["log_decay"], head, shapes.channels)) for head in range(shapes.group)]
 
-    def row(position, head):
-        at = position * shapes.group + head
-        return refs["gates"][0, 0, at : at + 1]
+    if "gates" not in refs:
+        return [Gates()] * shapes.group
+    rows = refs["gates"][0, 0]
+    gates = jnp.split(rows, len(rows) // shapes.group)
+    coarse, fine = decay_sums(gates[-1]) if shapes.decayed else (None, None)
 
-    first = int(shapes.kind == "delta")
+    def row(gates, head):
+        return gates[head : head + 1]
+
     return [
         Gates(
-            sums=(row(first, head), row(first + 1, head)) if shapes.decayed else None,
-            beta=row(0, head) if first else None,
+            sums=(row(coarse, head), row(fine, head)) if shapes.decayed else None,
+            beta=row(gates[0], head) if shapes.kind == "delta" else None,
         )
         for head in range(shapes.group)
     ]
