@@ -194,7 +194,7 @@ def linear_attention(
             linear in N. `"recurrent"`: one token after the other. `"parallel"`: all N x N pairs at once.
             Noncausal attention has one form only and no use for this and `chunk_size`.
         chunk_size: tokens per chunk, rounded up to a power of two; the backward pass keeps one state per chunk, also
-            in the recurrent form. The parallel form has no use for it.
+            in the recurrent form. The parallel form has no use for it, and kernels have chunks of their own.
         initial_state: before the first token, of causal attention; None means zeros. With N = 1 this is a decoding
             step.
         return_state: also return the state after the last token, of causal attention.

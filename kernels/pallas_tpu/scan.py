@@ -23,7 +23,9 @@ VMEM_BYTES = 60 * 2**20
 
 def chunk_length(kind, tokens, heads, channels, values, dtype) -> int:
     """128 tokens fill the matrix unit; of fewer one chunk is made."""
-    return min(128, max(16, tuning.bucket(tokens)))
+    default = dict(chunk=min(128, max(16, tuning.bucket(tokens))))
+    shape = dict(kind=kind, channels=tuning.bucket(channels), values=tuning.bucket(values), dtype=str(dtype))
+    return tuning.blocks("scan", "tpu", default, **shape, tokens=tuning.bucket(tokens))["chunk"]
 
 
 def unsupported(kind, heads, channels, values, dtype) -> str | None:
