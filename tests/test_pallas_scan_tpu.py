@@ -123,7 +123,7 @@ def test_memory_kept_for_the_gradient():
 
     shape = (2, 512, 4, 64, 64)
     arrays = structs("no decay", shape)
-    call = scan_plan._Call(BACKEND, "scalar", 128, 1.0)
+    call = scan_plan.Call(BACKEND, "scalar", 128, 1.0)
     kept = residual_bytes(
         lambda q, k, v: scan_plan.recurrence(call, q, k, v, None, None, None),
         *(arrays[name] for name in ("query", "key", "value")),

@@ -93,8 +93,8 @@ class _Shapes:
         return pl.BlockSpec(shape, lambda b, g, c: (b, g, self.index(c), 0, 0))
 
 
-def _shapes(kind, query, key, value, beta, log_decay, initial_state, **static) -> _Shapes:
-    batch, tokens, heads, channels = key.shape
+def _shapes(kind, query, value, log_decay, **static) -> _Shapes:
+    batch, tokens, heads, channels = query.shape
     values = value.shape[-1]
     return _Shapes(
         kind=kind,
@@ -186,7 +186,7 @@ def _call(body, shapes, operands, results, flops, transcendentals):
 
 def forward(kind, query, key, value, beta, log_decay, initial_state, *, chunk, scale, keep):
     """See `kernels.scan_plan`; the states before the chunks are in the dtype of the operands."""
-    shapes = _shapes(kind, query, key, value, beta, log_decay, initial_state, chunk=chunk, scale=scale)
+    shapes = _shapes(kind, query, value, log_decay, chunk=chunk, scale=scale)
     operands = _operands(shapes, query, key, value, beta, log_decay)
     if initial_state is not None:
         operands["initial"] = (initial_state, shapes.state)
@@ -206,7 +206,7 @@ def forward(kind, query, key, value, beta, log_decay, initial_state, *, chunk, s
 
 def backward(kind, query, key, value, beta, log_decay, initial_state, states, d_out, d_final_state, *, chunk, scale):
     """See `kernels.scan_plan`."""
-    shapes = _shapes(kind, query, key, value, beta, log_decay, initial_state, chunk=chunk, scale=scale, backward=True)
+    shapes = _shapes(kind, query, value, log_decay, chunk=chunk, scale=scale, backward=True)
     channels, values = shapes.channels, shapes.values
     operands = _operands(shapes, query, key, value, beta, log_decay)
     operands["d_out"] = (_turned(d_out), shapes.wide(values))
