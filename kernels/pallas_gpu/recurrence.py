@@ -10,9 +10,9 @@ LEAST, MOST = 8, 128
 
 
 def _unsupported(kind, heads, channels, values, dtype):
-    for name, size in (("key", channels), ("value", values)):
+    for name, size in (("D", channels), ("E", values)):
         if not LEAST <= size <= MOST:
-            return f"{name} has {size} channels a head; the kernel takes {LEAST} to {MOST}"
+            return f"a head has {name} = {size} channels; the kernel takes {LEAST} to {MOST}"
     return None
 
 

@@ -14,14 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels import tuning
 from kernels.pallas_gpu.tiles import CHUNK, blocks, decay_matrix, dot, indices, launch, loop, width, zeros
 from kernels.scan_plan import backward_flops, forward_flops, transcendentals
-
-import os
-
-STAGES = int(os.environ.get("W_S", "1"))
-WARPS = int(os.environ.get("W_W", "4"))
-NARROW, WIDE = int(os.environ.get("W_D", "64")), int(os.environ.get("W_E", "64"))
 
 
 def ends(log_decay):
@@ -62,6 +57,7 @@ def walk(left, right, factor, into, kept, start, *, name: str, scale: float = 1.
     batch, tokens, heads, rows = left.shape
     columns, chunks = right.shape[-1], tokens // CHUNK
     row, column = width(rows, left.dtype), width(columns, left.dtype)
+    size = tuning.blocks("scan_states", "gpu", dict(warps=4, stages=3), rows=rows, columns=columns)
     grid = (columns // column, rows // row, heads, batch)
     vector = pl.BlockSpec((None, None, tokens), lambda e, d, h, b: (b, h, 0))
     tile = pl.BlockSpec((None, None, row, column), lambda e, d, h, b: (b, h, d, e))
@@ -86,7 +82,7 @@ def walk(left, right, factor, into, kept, start, *, name: str, scale: float = 1.
             last=((batch, heads, rows, columns), jnp.float32, tile),
         ),
         flops=2 * batch * heads * tokens * rows * columns,
-        stages=3,
+        **size,
     )
 
 
@@ -126,13 +122,14 @@ def per_chunk(*shape: int):
 def outputs(query, key, weights, value, states, log_decay, into, *, name: str, scale: float, transposed: bool = False):
     """The outputs `(B, N, H, E)` from the states before each chunk.
 
-    Either `key`, with `log_decay` and `into` `(B, H, N)` or None; or the `weights` `(B, N, H, C)`, which have `scale`, and are
-    of use `transposed` too.
+    Either `key`, with `log_decay` and `into` `(B, H, N)` or None; or the `weights` `(B, N, H, C)`, which have `scale`
+    and can be `transposed`.
     """
     batch, tokens, heads, channels = query.shape
     values, chunks = value.shape[-1], tokens // CHUNK
     (keys, vector), (wide, _), (square, _) = specs(channels), specs(values), specs(CHUNK)
     decayed = transcendentals("scalar", CHUNK, channels, log_decay is not None)
+    size = tuning.blocks("scan_outputs", "gpu", dict(warps=4, stages=1), channels=channels, values=values)
     flops = forward_flops("scalar", CHUNK, channels, values) - 2 * CHUNK * channels * values
     (out,) = launch(
         functools.partial(_outputs, scale=scale, transposed=transposed),
@@ -150,6 +147,7 @@ def outputs(query, key, weights, value, states, log_decay, into, *, name: str, s
         dict(out=(value.shape, value.dtype, wide)),
         flops=batch * heads * chunks * flops,
         transcendentals=batch * heads * chunks * decayed,
+        **size,
     )
     return out
 
@@ -231,26 +229,29 @@ def gradients(operands, states, d_states, d_out, *, name: str, scale: float):
     results |= dict(d_log_decay=scalars) if decayed else {}
     kind = "delta" if delta else "scalar"
     flops = backward_flops(kind, CHUNK, channels, values) - 2 * CHUNK * channels * values
+    # The widest whose sums fit the registers.
+    size = dict(narrow=32, wide=64, warps=4, stages=1) if delta else dict(narrow=64, wide=64, warps=4, stages=2)
+    size = tuning.blocks("scan_gradients", "gpu", size, kind=kind, channels=channels, values=values)
+    body = functools.partial(_gradients, scale=scale, narrow=size.pop("narrow"), wide=size.pop("wide"))
     made = launch(
-        functools.partial(_gradients, scale=scale),
+        body,
         name,
         (chunks, heads, batch),
         given,
         results,
         flops=batch * heads * chunks * flops,
         transcendentals=batch * heads * chunks * transcendentals("scalar", CHUNK, channels, decayed),
-        warps=WARPS,
-        stages=STAGES,
+        **size,
     )
     made = dict(zip(results, made))
     d_beta, d_log_decay = (by_head(made.get(key)) for key in ("d_beta", "d_log_decay"))
     return made["d_query"], made["d_key"], made["d_value"], d_beta, d_log_decay
 
 
-def _gradients(refs, *, scale):
+def _gradients(refs, *, scale, narrow, wide):
     dtype, channels, values = refs.value.dtype, refs.key.shape[1], refs.value.shape[1]
     delta, decayed = refs.written is not None, refs.log_decay is not None
-    narrow, wide = width(channels, dtype, NARROW), width(values, dtype, WIDE)
+    narrow, wide = width(channels, dtype, narrow), width(values, dtype, wide)
     written = refs.written if delta else refs.value
     rows, columns = indices()
     square, vector = zeros(CHUNK, CHUNK), zeros(CHUNK)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels import tuning
 from kernels.pallas_gpu import scan
 from kernels.pallas_gpu.tiles import CHUNK, dot, dot_parts, indices, launch, loop, parts, width, zeros
 from kernels.scan_plan import backward_flops, transcendentals
-from kernels.pallas_gpu.scan import NARROW, WARPS, STAGES
 
 LEVELS = CHUNK.bit_length() - 1
 
@@ -48,8 +48,9 @@ def _prepare(query, key, log_decay, *, scale: float):
     batch, tokens, heads, channels = query.shape
     chunks = tokens // CHUNK
     (keys, _), (square, _) = scan.specs(channels), scan.specs(CHUNK)
+    size = tuning.blocks("scan_weights", "gpu", dict(narrow=32, warps=8, stages=1), channels=channels)
     return launch(
-        functools.partial(_prepare_body, scale=scale),
+        functools.partial(_prepare_body, scale=scale, narrow=size.pop("narrow")),
         "scan_channel_weights",
         (chunks, heads, batch),
         dict(query=(query, keys), key=(key, keys), log_decay=(log_decay, keys)),
@@ -61,17 +62,16 @@ def _prepare(query, key, log_decay, *, scale: float):
         ),
         flops=batch * heads * chunks * CHUNK * CHUNK * channels,
         transcendentals=batch * heads * chunks * transcendentals("channel", CHUNK, channels, True),
-        warps=WARPS,
-        stages=STAGES,
+        **size,
     )
 
 
-def _prepare_body(refs, *, scale):
+def _prepare_body(refs, *, scale, narrow):
     dtype, channels = refs.query.dtype, refs.query.shape[1]
-    depth = width(channels, dtype, NARROW)
+    depth = width(channels, dtype, narrow)
     rows, columns = indices()
 
-    def narrow(d, weights):
+    def block(d, weights):
         query, key, log_decay = refs.query[:, d], refs.key[:, d], refs.log_decay[:, d]
         refs.into[:, d] = (query * jnp.exp(_summed(columns <= rows, log_decay, dtype))).astype(dtype)
         refs.onto[:, d] = (key * jnp.exp(_summed(columns > rows, log_decay, dtype))).astype(dtype)
@@ -87,7 +87,7 @@ def _prepare_body(refs, *, scale):
 
         return jax.lax.fori_loop(0, LEVELS, halves, weights)
 
-    refs.weights[...] = (loop(channels, depth, narrow, zeros(CHUNK, CHUNK)) * scale).astype(dtype)
+    refs.weights[...] = (loop(channels, depth, block, zeros(CHUNK, CHUNK)) * scale).astype(dtype)
 
 
 def forward(query, key, value, log_decay, initial_state, *, scale: float):
@@ -109,13 +109,15 @@ def backward(query, key, value, log_decay, states, d_out, d_final, *, scale: flo
     )
     batch, tokens, heads, channels = query.shape
     values, chunks = value.shape[-1], tokens // CHUNK
-    depth = width(channels, query.dtype, NARROW)
+    default = dict(narrow=16, wide=32, warps=4, stages=2)
+    size = tuning.blocks("scan_gradients", "gpu", default, kind="channel", channels=channels, values=values)
+    depth, span = width(channels, query.dtype, size.pop("narrow")), width(values, query.dtype, size.pop("wide"))
     keys = pl.BlockSpec((None, CHUNK, None, depth), lambda d, c, h, b: (b, c, h, d))
     wide = pl.BlockSpec((None, CHUNK, None, values), lambda d, c, h, b: (b, c, h, 0))
     state = pl.BlockSpec((None, None, None, depth, values), lambda d, c, h, b: (b, h, c, d, 0))
     flops = backward_flops("channel", CHUNK, channels, values) - 4 * CHUNK * channels * values - CHUNK * CHUNK * values
     d_query, d_key, d_log_decay = launch(
-        functools.partial(_gradients, scale=scale),
+        functools.partial(_gradients, scale=scale, span=span),
         "scan_channel_gradients",
         (channels // depth, chunks, heads, batch),
         dict(
@@ -134,15 +136,13 @@ def backward(query, key, value, log_decay, states, d_out, d_final, *, scale: flo
         ),
         flops=batch * heads * chunks * flops,
         transcendentals=batch * heads * chunks * transcendentals("channel", CHUNK, channels, True),
-        warps=WARPS,
-        stages=STAGES,
+        **size,
     )
     return d_query, d_key, d_value, None, d_log_decay, d_initial
 
 
-def _gradients(refs, *, scale):
+def _gradients(refs, *, scale, span):
     dtype, depth, values = refs.value.dtype, refs.key.shape[1], refs.value.shape[1]
-    span = width(values, dtype, NARROW)
     rows, columns = indices()
 
     def alike(e, sums):

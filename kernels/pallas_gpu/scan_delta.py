@@ -43,7 +43,6 @@ def _inverse(key, beta, log_decay):
         dict(inverse=((batch, tokens, heads, CHUNK), key.dtype, square)),
         flops=batch * heads * chunks * CHUNK * CHUNK * (channels + CHUNK // 3),
         transcendentals=batch * heads * chunks * transcendentals("scalar", CHUNK, channels, log_decay is not None),
-        warps=scan.WARPS,
     )
     return inverse
 

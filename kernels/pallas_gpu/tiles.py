@@ -31,7 +31,7 @@ def launch(
     transcendentals: int = 0,
     warps: int = 4,
     stages: int = 1,
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Runs `body(refs)`, whose refs are attributes by name; an operand that is None is None there too.
 
     Args:
@@ -48,7 +48,7 @@ def launch(
         vars(names).update(zip([*present, *results], refs))
         body(names)
 
-    return compat.pallas_call(
+    made = compat.pallas_call(
         positional,
         name=name,
         grid=grid,
@@ -58,6 +58,7 @@ def launch(
         cost_estimate=estimate(flops, transcendentals, arrays, shapes),
         compiler_params=compat.triton_params(warps, stages),
     )(*arrays)
+    return tuple(made)
 
 
 def width(size: int, dtype: Any, most: int = 64) -> int:
@@ -65,7 +66,7 @@ def width(size: int, dtype: Any, most: int = 64) -> int:
     return min(size, most if dtype == jnp.bfloat16 else min(most, 32))
 
 
-def blocks(size: int, dtype: Any) -> list[slice]:
+def blocks(size: int, dtype: Any) -> list[Any]:
     """The channels of an operand in blocks."""
     step = width(size, dtype)
     return [pl.ds(start, step) for start in range(0, size, step)]
