@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -14,29 +15,55 @@ BATCH_AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp`, `tensor` and `sequence`.
+def mesh_shape(sizes: dict[str, int], devices: int) -> tuple[int, ...]:
+    """Devices along each of `AXES`.
 
     Args:
-        sizes: devices along each axis; one of them may be -1 and takes what is left.
-        devices: None means all of them.
+        sizes: by axis; one of them may be -1 and takes what is left.
+        devices: how many there are.
 
     Raises:
         ValueError: if the sizes do not multiply to the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
     shape = [sizes[axis] for axis in AXES]
     rest = math.prod(n for n in shape if n != -1)
     if shape.count(-1) > 1 or rest < 1 or min(shape) < -1:
         raise ValueError(f"mesh sizes are positive, and at most one is -1 (the rest); got {dict(zip(AXES, shape))}")
-    if -1 in shape and len(devices) % rest == 0:
-        shape[shape.index(-1)] = len(devices) // rest
-    if math.prod(shape) != len(devices):
+    if -1 in shape and devices % rest == 0:
+        shape[shape.index(-1)] = devices // rest
+    if math.prod(shape) != devices:
         raise ValueError(
-            f"mesh {dict(zip(AXES, shape))} takes {abs(math.prod(shape))} devices, there are {len(devices)}; "
-            "set one of config.mesh.{data,fsdp,tensor,sequence} to -1 to take what is left"
+            f"mesh {dict(zip(AXES, shape))} takes {abs(math.prod(shape))} devices, there are {devices}; "
+            "set one of config.mesh.{data,fsdp,tensor,sequence} to -1 to take what is left" + _would_do(shape, devices)
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return tuple(shape)
+
+
+def _would_do(shape: Sequence[int], devices: int) -> str:
+    """Which size of one axis would make the mesh take all devices."""
+    others = [math.prod(abs(n) for n in shape) // abs(n) for n in shape]
+    known = [f"{axis}={devices // n}" for axis, n in zip(AXES, others) if devices % n == 0]
+    return f"; with the others as they are, {' or '.join(known)} would do" if known else ""
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp`, `tensor` and `sequence`.
+
+    Args:
+        sizes: as of `mesh_shape`.
+        devices: None means all of them.
+
+    Raises:
+        ValueError: as `mesh_shape` does.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape, types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # No product of the torus' own axes gives these sizes, so that one of its axes has to be cut in two.
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
 
 
 def path_of(key_path) -> str:
