@@ -49,9 +49,7 @@ def tpu_devices(topology: str) -> list[Any]:
                 return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
             except jax.errors.JaxRuntimeError as error:
                 if "lockfile" not in str(error):
-                    raise ValueError(
-                        f"topology {topology!r}: {error}; such as v5e:2x2 or v6e:4x4 it knows"
-                    ) from error
+                    raise ValueError(f"topology {topology!r}: {error}; such as v5e:2x2 or v6e:4x4 it knows") from error
                 if not left:
                     raise RuntimeError(f"another process has libtpu, which serves one at a time: {error}") from error
                 time.sleep(_PAUSE)

@@ -249,9 +249,7 @@ class _Program:
         return self.constant(name, self.computations[scope], lambda _: None)
 
     @staticmethod
-    def constant(
-        name: str, computation: dict[str, Instruction], of_state: Callable[[int], int | None]
-    ) -> int | None:
+    def constant(name: str, computation: dict[str, Instruction], of_state: Callable[[int], int | None]) -> int | None:
         """The value of an integer that is a constant, or one of the loop's state that `of_state` knows."""
         made = _through(name, computation)
         if made is None:
