@@ -201,7 +201,7 @@ class _Program:
         called = re.search(r"calls=%?([\w.\-$]+)", instruction.attributes) if opcode == "fusion" else None
         if called and called[1] in self.computations:
             inside = self.computations[called[1]]
-            read = [size and min(size, _part_read(inside, place)) for place, size in enumerate(read)]
+            read = [size and _part_read(inside, place, size) for place, size in enumerate(read)]
             written = min(written, _part_written(inside) or written)
         return sum(read) + written
 
@@ -262,18 +262,18 @@ class _Program:
         return None
 
 
-def _part_read(fused: dict[str, Instruction], place: int) -> float:
-    """How many bytes of an operand a fusion reads, where it only slices it."""
+def _part_read(fused: dict[str, Instruction], place: int, size: int) -> int:
+    """How many bytes a fusion reads of an operand of this size: of one that it only slices, the slices."""
     name = next((i.name for i in fused.values() if i.opcode == "parameter" and i.operands == (str(place),)), None)
-    total = 0.0
+    total = 0
     for user in fused.values():
         if name in user.operands:
             if user.opcode == "dynamic-update-slice" and user.operands[0] == name and name not in user.operands[1:]:
                 continue
             if user.opcode not in ("dynamic-slice", "slice", "gather") or user.operands[0] != name:
-                return math.inf
+                return size
             total += sum(array_bytes(user.type))
-    return total
+    return min(size, total)
 
 
 def _part_written(fused: dict[str, Instruction]) -> int:

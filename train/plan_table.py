@@ -1,7 +1,7 @@
 """Plans as a table for a person."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,12 +12,12 @@ from zoo.tables import scaled
 WIDTH = 100
 
 
-def size(number: float | None) -> str:
+def size(number: int | float | None) -> str:
     """Bytes for a person, in the binary units of the compiler: `"15.75 GiB"`."""
     return _binary(number, "B")
 
 
-def _binary(number: float | None, unit: str) -> str:
+def _binary(number: int | float | None, unit: str) -> str:
     if number is None:
         return "not known"
     for power, letter in ((40, "Ti"), (30, "Gi"), (20, "Mi"), (10, "Ki")):
@@ -26,23 +26,23 @@ def _binary(number: float | None, unit: str) -> str:
     return f"{number:.0f} {unit}"
 
 
-def _count(number: float | None) -> str:
+def _count(number: int | float | None) -> str:
     """A count with the letters of powers of a thousand."""
     if number is None:
         return "not known"
     return f"{number / 1e12:.2f} T" if number >= 1e12 else scaled(round(number))
 
 
-def _time(seconds: float | None) -> str:
+def _time(seconds: int | float | None) -> str:
     if seconds is None:
         return "not known"
-    for unit, scale in (("s", 1), ("ms", 1e3), ("us", 1e6)):
-        if seconds * scale >= 1:
-            break
+    unit, scale = next(
+        each for each in (("s", 1), ("ms", 1e3), ("us", 1e6)) if seconds * each[1] >= 1 or each[1] == 1e6
+    )
     return f"{seconds * scale:.4g} {unit}"
 
 
-def _share(number: float | None) -> str:
+def _share(number: int | float | None) -> str:
     return "not known" if number is None else f"{number:.1%}"
 
 
@@ -84,8 +84,8 @@ _TIME: tuple[Row, ...] = (
 )
 
 
-def show(plans: Sequence[Plan], stream: TextIO) -> None:
-    """Prints the table of one plan with comments, of several side by side with ratios to the first."""
+def show(plans: Sequence[Plan], stream: Any) -> None:
+    """Prints to a text stream: of one plan with comments, of several side by side with ratios to the first."""
     console = Console(file=stream, width=WIDTH, highlight=False)
     first = plans[0]
     one = len(plans) == 1

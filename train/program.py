@@ -158,7 +158,7 @@ def build(
     )
 
 
-def _traced(precision: str, mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def _traced(precision: str, mesh: Mesh | AbstractMesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, traced with this precision for matrix products of float32, and with its kernels over the mesh."""
 
     def traced(*args):

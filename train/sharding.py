@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
@@ -71,7 +71,7 @@ def path_of(key_path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
 
 
-def param_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
+def param_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of one leaf: the first rule whose regex matches its whole path.
 
     A dimension that its mesh axis does not divide stays whole.
@@ -88,7 +88,7 @@ def param_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P
     return PartitionSpec(*fits)
 
 
-def state_shardings(state: Any, rules: Rules, mesh: Mesh) -> Any:
+def state_shardings(state: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings for a whole train state, as `jax.eval_shape` gives it.
 
     Leaves under `params` and `model_state` follow the rules. Everything shaped like a parameter and ending in
@@ -110,12 +110,12 @@ def state_shardings(state: Any, rules: Rules, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Batches are split along their first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch(name: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+def check_batch(name: str, batch_size: int, mesh: Mesh | AbstractMesh, parts: int = 1) -> None:
     """Raises `ValueError` if a global batch does not split over the mesh (in `parts` accumulation steps)."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * parts
     if batch_size % ways:

@@ -98,7 +98,7 @@ class _Rows:
 def batch(
     config: ml_collections.ConfigDict, dataset: Dataset | SequenceSet, rows: jax.sharding.Sharding
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a step of training is given: the shapes of a batch, as the input pipeline itself makes one of one example."""
+    """The shapes of a batch, as the input pipeline itself makes one of one example."""
     of_one = data.train_iterator(
         dataset, batch_size=1, seed=0, transform=inputs.train_transform(config, dataset), prefetch=1
     )
