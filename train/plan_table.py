@@ -60,12 +60,14 @@ Row = tuple[str, Callable[[Plan], Any], Callable[[Any], str], str]
 _BEFORE: tuple[Row, ...] = (
     ("batch", lambda p: p.batch, "{:,}".format, "examples of a step, over all chips"),
     ("memory of a chip", lambda p: None, str, ""),
-    ("  arguments", lambda p: p.hbm_bytes_arguments, size, "state, batch"),
+    ("  parameters", lambda p: p.hbm_bytes_parameters, size, "by their shardings"),
+    ("  state", lambda p: p.hbm_bytes_state, size, "with moments and averages"),
+    ("  arguments", lambda p: p.hbm_bytes_arguments, size, "state, batch, as they lie in memory"),
     ("  temporaries", lambda p: p.hbm_bytes_temporaries, size, "activations, gradients"),
     ("  outputs", lambda p: p.hbm_bytes_outputs, size, ""),
     ("  aliased", lambda p: p.hbm_bytes_aliased, size, "outputs in arguments' place"),
     ("  code", lambda p: p.hbm_bytes_code, size, ""),
-    ("  peak", lambda p: p.hbm_bytes_peak, size, ""),
+    ("  peak", lambda p: p.hbm_bytes_peak, size, "arguments + outputs - aliased + the rest"),
     ("  limit", lambda p: p.hbm_bytes_limit, size, "by the compiler"),
 )
 _WORK: tuple[Row, ...] = (
@@ -97,7 +99,7 @@ def show(plans: Sequence[Plan], stream: Any) -> None:
     table = Table(box=None, pad_edge=False, show_header=not one)
     table.add_column("", no_wrap=True)
     for number, plan in enumerate(plans):
-        table.add_column(plan.label, justify="right", overflow="fold")
+        table.add_column(plan.label.replace(",", ", "), justify="right", overflow="fold")
         if number:
             table.add_column("ratio", justify="right", no_wrap=True)
     if one:
@@ -114,9 +116,10 @@ def show(plans: Sequence[Plan], stream: Any) -> None:
                 cells.append(_ratio(value, numbers[0]))
         table.add_row(name, *cells, *([comment] if one else []))
     console.print(table)
-    for plan in plans:
-        for note in plan.notes:
-            console.print(f"note{'' if one else f' ({plan.label})'}: {note}", markup=False)
+    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
+        of = [plan.label for plan in plans if note in plan.notes]
+        which = f" ({'; '.join(of)})" if len(of) < len(plans) else ""
+        console.print(f"note{which}: {note}", markup=False)
     console.print(
         "The least times are a roofline, no measurement: each resource at its full speed, all overlapped.", style="dim"
     )
@@ -149,7 +152,7 @@ def _rows(plans: Sequence[Plan]) -> Iterable[tuple[str, list[Any], list[str | No
     if len({str(plan.mesh) for plan in plans}) > 1:
         yield texts("mesh", _mesh)
     yield from numbers(_BEFORE)
-    yield texts("  fits", _fits, "known without a compiler: at least this" * (plans[0].bytes is None))
+    yield texts("  fits", _fits, "the peak is a lower bound" * (plans[0].fits is None))
     yield from numbers(_WORK)
     yield from _collectives(plans)
     yield from _implementations(plans)
