@@ -263,7 +263,8 @@ def test_the_names_of_kernels_are_read(platform, params):
 
     x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
     twice = jax.jit(compat.pallas_call(body, name="twice", out_shape=x, compiler_params=params))
-    with compat.lowering_triton():
+    mesh = plan.target("h100:1").mesh(config.load(DIGITS))
+    with compat.lowering_triton(), jax.sharding.use_abstract_mesh(mesh):
         lowered = twice.trace(x).lower(lowering_platforms=(platform,))
     assert plan.kernels_in(lowered.as_text()) == ["twice"]
 

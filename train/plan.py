@@ -222,7 +222,8 @@ def plan(
     compat.forget_traced()
     with record_choices() as choices:
         traced = built.train_step.trace(*arguments)
-    with compat.lowering_triton():
+    # Kernels for GPUs ask the mesh in effect what they are lowered for.
+    with compat.lowering_triton(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = traced.lower(lowering_platforms=(on.platform,))
     chosen: dict[str, set[str]] = {}
     for choice in choices:
