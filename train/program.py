@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import zoo
 from kernels.dispatch import only_for
@@ -28,7 +28,7 @@ class Program:
     """What `build` makes; nothing is computed yet.
 
     Attributes:
-        model, task, mesh: as the config asks for.
+        model, task, mesh: as the config asks for; of a planned program the task's arrays are shapes.
         abstract_state: shapes, dtypes and shardings of the train state.
         init: `() -> state`, jitted.
         train_step: `(state, batch, key, task) -> (state, metrics)`, jitted; donates the state.
@@ -39,7 +39,7 @@ class Program:
 
     model: nn.Module
     task: tasks.Task
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     abstract_state: step.TrainState
     init: Any
     train_step: Any
@@ -96,6 +96,8 @@ def build(
     config: ml_collections.ConfigDict,
     dataset: Dataset | SequenceSet,
     devices: Sequence[jax.Device] | None = None,
+    *,
+    planned: Mesh | AbstractMesh | None = None,
 ) -> Program:
     """Builds a run's program.
 
@@ -103,16 +105,20 @@ def build(
         config: a complete config (`train.config.load`).
         dataset: the training split; it tells the number of classes and the image size, or the vocabulary and length.
         devices: those of the mesh; None means all that there are.
+        planned: a mesh to plan for, in place of `devices` and of the config's, of devices that need not exist: nothing
+            is put on them, and a teacher's weights are not read.
 
     Raises:
         ValueError: for a model, a mesh or a batch size that does not fit; the message names the config's key.
         TypeError: for an unknown field in `model.overrides`.
     """
-    mesh = sharding.make_mesh(dict(config.mesh), devices)
+    mesh = planned or sharding.make_mesh(dict(config.mesh), devices)
     sharding.check_batch("config.data.batch_size", config.data.batch_size, mesh, config.accum_steps)
     model = build_model(config, dataset)
     replicated = NamedSharding(mesh, PartitionSpec())
-    task = jax.device_put(tasks.make(config, model, dataset), replicated)
+    task = tasks.make(config, model, dataset, planned=planned is not None)
+    if planned is None:
+        task = jax.device_put(task, replicated)
     family = registry.family_of(config.model.name)
     inputs = {name: jnp.zeros(like.shape, like.dtype) for name, like in model.example_inputs().items()}
     beside = jax.eval_shape(lambda: task.init(jax.random.key(0)))
@@ -131,6 +137,8 @@ def build(
     places = sharding.state_shardings(abstract, family.sharding_rules, mesh)
     rows = sharding.batch_sharding(mesh)
     train_step = step.make_train_step(model, optimizer, schedule, accum_steps=config.accum_steps, ema_decay=config.ema)
+    if planned is not None:
+        task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), task)
     return Program(
         model=model,
         task=task,
@@ -151,7 +159,7 @@ def build(
     )
 
 
-def _traced(precision: str, mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def _traced(precision: str, mesh: Mesh | AbstractMesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, traced with this precision for matrix products of float32, and with its kernels over the mesh."""
 
     def traced(*args):

@@ -7,36 +7,63 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp`, `tensor` and `sequence`.
+def mesh_shape(sizes: dict[str, int], devices: int) -> tuple[int, ...]:
+    """Devices along each of `AXES`.
 
     Args:
-        sizes: devices along each axis; one of them may be -1 and takes what is left.
-        devices: None means all of them.
+        sizes: by axis; one of them may be -1 and takes what is left.
+        devices: how many there are.
 
     Raises:
         ValueError: if the sizes do not multiply to the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
     shape = [sizes[axis] for axis in AXES]
     rest = math.prod(n for n in shape if n != -1)
     if shape.count(-1) > 1 or rest < 1 or min(shape) < -1:
         raise ValueError(f"mesh sizes are positive, and at most one is -1 (the rest); got {dict(zip(AXES, shape))}")
-    if -1 in shape and len(devices) % rest == 0:
-        shape[shape.index(-1)] = len(devices) // rest
-    if math.prod(shape) != len(devices):
+    if -1 in shape and devices % rest == 0:
+        shape[shape.index(-1)] = devices // rest
+    if math.prod(shape) != devices:
         raise ValueError(
-            f"mesh {dict(zip(AXES, shape))} takes {abs(math.prod(shape))} devices, there are {len(devices)}; "
-            "set one of config.mesh.{data,fsdp,tensor,sequence} to -1 to take what is left"
+            f"mesh {dict(zip(AXES, shape))} takes {abs(math.prod(shape))} devices, there are {devices}; "
+            "set one of config.mesh.{data,fsdp,tensor,sequence} to -1 to take what is left" + _would_do(shape, devices)
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return tuple(shape)
+
+
+def _would_do(shape: Sequence[int], devices: int) -> str:
+    """Which size of one axis would make the mesh take all devices."""
+    others = [math.prod(abs(n) for n in shape) // abs(n) for n in shape]
+    known = [f"{axis}={devices // n}" for axis, n in zip(AXES, others) if devices % n == 0]
+    return f"; with the others as they are, {' or '.join(known)} would do" if known else ""
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp`, `tensor` and `sequence`.
+
+    Args:
+        sizes: as of `mesh_shape`.
+        devices: None means all of them.
+
+    Raises:
+        ValueError: as `mesh_shape` does.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape, types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # No product of the torus' own axes gives these sizes, so that one of its axes has to be cut in two.
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
 
 
 def path_of(key_path) -> str:
@@ -44,7 +71,7 @@ def path_of(key_path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
 
 
-def param_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
+def param_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of one leaf: the first rule whose regex matches its whole path.
 
     A dimension that its mesh axis does not divide stays whole.
@@ -61,7 +88,7 @@ def param_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P
     return PartitionSpec(*fits)
 
 
-def state_shardings(state: Any, rules: Rules, mesh: Mesh) -> Any:
+def state_shardings(state: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings for a whole train state, as `jax.eval_shape` gives it.
 
     Leaves under `params` and `model_state` follow the rules. Everything shaped like a parameter and ending in
@@ -83,12 +110,12 @@ def state_shardings(state: Any, rules: Rules, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Batches are split along their first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch(name: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+def check_batch(name: str, batch_size: int, mesh: Mesh | AbstractMesh, parts: int = 1) -> None:
     """Raises `ValueError` if a global batch does not split over the mesh (in `parts` accumulation steps)."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * parts
     if batch_size % ways:

@@ -208,8 +208,10 @@ def without_teacher(config: ml_collections.ConfigDict, model: nn.Module, dataset
     )
 
 
-def make(config: ml_collections.FrozenConfigDict, model: nn.Module, dataset: Dataset | SequenceSet) -> Task:
-    """The task that a config describes, a classifier's teacher loaded.
+def make(
+    config: ml_collections.FrozenConfigDict, model: nn.Module, dataset: Dataset | SequenceSet, *, planned: bool = False
+) -> Task:
+    """The task that a config describes, a classifier's teacher loaded, or `planned`: its variables only shapes.
 
     Raises:
         ValueError: for a teacher of other classes or channels than the model, or one that takes no such images.
@@ -222,9 +224,14 @@ def make(config: ml_collections.FrozenConfigDict, model: nn.Module, dataset: Dat
     if isinstance(model, DCAL):
         raise ValueError(f"config.distill.teacher {settings.teacher!r}: the branches of DCAL learn from labels alone")
     name, tag = registry.split_tag(settings.teacher)
-    teacher, variables, _ = zoo.load_pretrained(
-        settings.teacher, settings.weights, image_size=model.image_size, dtype=task.dtype
-    )
+    fields = dict(image_size=model.image_size, dtype=task.dtype)
+    if planned:
+        fields |= dict(num_classes=model.num_classes, in_chans=model.in_chans)
+        known = registry.family_of(name).module.__dataclass_fields__
+        teacher = zoo.create_model(name, **{field: value for field, value in fields.items() if field in known})
+        variables = abstract_variables(teacher)
+    else:
+        teacher, variables, _ = zoo.load_pretrained(settings.teacher, settings.weights, **fields)
     for field in ("num_classes", "in_chans"):
         theirs, ours = getattr(teacher, field), getattr(model, field)
         if theirs != ours:
