@@ -23,7 +23,8 @@ class Operand:
     Attributes:
         shape: of the array.
         kind: how it is drawn: `"normal"`, `"unit"` (normal vectors of length 1), `"decay"` (the logarithm of what is
-            left, about -0.1), `"share"` (uniform in 0 to 1), `"step"` (uniform in 0 to 0.02), `"choice"` (of `of`
+            left, about -0.1), `"slow"` (the same, about -1 in all over the tokens), `"share"` (uniform in 0 to 1), `"step"`
+            (uniform in 0 to 0.001: a memory whose steps are long or that forgets all is ill-conditioned), `"choice"` (of `of`
             numbers as many different ones as the last axis has), `"initial"` (normal of variance 1 / fan-in).
         batched: whether the batch comes first; else the operand is the same for all of the batch.
         wide: float32 whatever the dtype of the call.
@@ -57,12 +58,14 @@ def _draw(operand: Operand, rng: np.random.Generator) -> np.ndarray:
             ..., : shape[-1]
         ]
     if kind in ("share", "step"):
-        return rng.uniform(0, 1 if kind == "share" else 0.02, shape)
+        return rng.uniform(0, 1 if kind == "share" else 0.001, shape)
     drawn = rng.standard_normal(shape, np.float32)
     if kind == "unit":
         drawn /= np.linalg.norm(drawn, axis=-1, keepdims=True)
     if kind == "decay":
         drawn = -np.exp(drawn - 2)
+    if kind == "slow":
+        drawn = -np.abs(drawn) / shape[1]
     if kind == "initial":
         drawn /= shape[-2] ** 0.5
     return drawn
