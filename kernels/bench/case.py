@@ -22,10 +22,11 @@ class Operand:
 
     Attributes:
         shape: of the array.
-        kind: how it is drawn: `"normal"`, `"unit"` (normal vectors of length 1), `"decay"` (the logarithm of what is
-            left, about -0.1), `"slow"` (the same, about -1 in all over the tokens), `"share"` (uniform in 0 to 1), `"step"`
-            (uniform in 0 to 0.001: a memory whose steps are long or that forgets all is ill-conditioned), `"choice"` (of `of`
-            numbers as many different ones as the last axis has), `"initial"` (normal of variance 1 / fan-in).
+        kind: how it is drawn. `"normal"`; `"unit"`, normal vectors of length 1; `"initial"`, normal of variance
+            1 / fan-in; `"decay"`, the logarithm of what a token leaves, about -0.1; `"slow"`, the same, about -1 over
+            all tokens; `"share"`, uniform in 0 to 1; `"step"`, uniform in 0 to 0.001 (a memory whose steps are long
+            or that forgets all is ill-conditioned); `"choice"`, of `of` numbers as many different ones as the last
+            axis has.
         batched: whether the batch comes first; else the operand is the same for all of the batch.
         wide: float32 whatever the dtype of the call.
         of: for `"choice"`.
@@ -128,7 +129,9 @@ class Case:
     def cotangent(self, dtype, seed: int = 0) -> Any:
         """A gradient of the outputs, for the backward pass."""
         leaves, tree = jax.tree.flatten(self.outputs(dtype))
-        drawn = (np.random.default_rng([seed, 1000, i]).standard_normal(x.shape, np.float32) for i, x in enumerate(leaves))
+        drawn = (
+            np.random.default_rng([seed, 1000, i]).standard_normal(x.shape, np.float32) for i, x in enumerate(leaves)
+        )
         return tree.unflatten([jnp.asarray(x, leaf.dtype) for x, leaf in zip(drawn, leaves)])
 
     def function(self, direction: str, implementation: str) -> Callable[..., Any]:

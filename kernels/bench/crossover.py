@@ -55,7 +55,9 @@ def crossovers(rows: Sequence[Row]) -> list[Crossover]:
     )
     found = []
     for label, implementation, direction, dtype, pattern, device in groups:
-        same = [r for r in softmax if (r.direction, r.dtype, r.pattern, r.device) == (direction, dtype, pattern, device)]
+        same = [
+            r for r in softmax if (r.direction, r.dtype, r.pattern, r.device) == (direction, dtype, pattern, device)
+        ]
         times = {
             row.length: row.median_ms
             for row in sweep

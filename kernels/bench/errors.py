@@ -70,9 +70,11 @@ def _same():
     @jax.jit
     def same(first, second):
         def bits(x):
-            return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") if jnp.issubdtype(
-                x.dtype, jnp.floating
-            ) else x
+            return (
+                jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+                if jnp.issubdtype(x.dtype, jnp.floating)
+                else x
+            )
 
         equal = jax.tree.map(lambda a, b: (bits(a) == bits(b)).all(), first, second)
         return jnp.stack(jax.tree.leaves(equal)).all()

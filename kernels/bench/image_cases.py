@@ -50,9 +50,7 @@ def bilevel(batch: int, regions: int, size: int, k: int, heads: int, d: int = 32
     }
 
     def run(implementation, qkv, indices):
-        return bilevel_attention(
-            qkv, indices, num_heads=heads, region=(size, size), implementation=implementation
-        )
+        return bilevel_attention(qkv, indices, num_heads=heads, region=(size, size), implementation=implementation)
 
     return Case(
         op="bilevel_attention",

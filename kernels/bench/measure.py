@@ -196,9 +196,7 @@ class _Group:
             row.worst_gradient = max(by_operand, key=lambda n: (by_operand[n] != by_operand[n], by_operand[n]))
             row.error_gradients = by_operand[row.worst_gradient]
         row.bit_equal = errors.bit_equal(lambda: program(*self.sets[0]))
-        right = row.error <= row.error_bound and not (
-            by_operand and not row.error_gradients <= row.gradient_bound
-        )
+        right = row.error <= row.error_bound and not (by_operand and not row.error_gradients <= row.gradient_bound)
         if not right:
             row.status = "wrong"
             row.reason = _what_is_wrong(row)

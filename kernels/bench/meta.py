@@ -32,7 +32,7 @@ def meta(device: Any, limits: Limits, suite: str, size: str, repeats: int, rows:
         "device": device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),
-        "host": platform.processor() or platform.machine(),
+        "host": host(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
@@ -52,6 +52,16 @@ def meta(device: Any, limits: Limits, suite: str, size: str, repeats: int, rows:
         "float32_products": "of full precision",
         "compilation_cache": jax.config.jax_compilation_cache_dir,
     }
+
+
+def host() -> str:
+    """The processor's name."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:

@@ -56,7 +56,7 @@ class Program:
                 lowered = jax.jit(named).lower(*operands)
             self.compiled = lowered.compile()
             self.compile_s = time.perf_counter() - begin
-        self.peak_bytes = _peak(self.compiled)
+        self.peak_bytes = peak_bytes(self.compiled)
         self.residual_bytes: int | None = None
 
     def __call__(self, arrays: Mapping[str, jax.Array], cotangent: Any) -> tuple[Any, dict[str, jax.Array]]:
@@ -72,7 +72,7 @@ class Program:
         return Timed(lambda i: self.compiled(*sets[i]), len(sets), self.module)
 
 
-def _peak(compiled) -> int | None:
+def peak_bytes(compiled) -> int | None:
     memory = compiled.memory_analysis()
     if memory is None:
         return None

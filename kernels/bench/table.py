@@ -77,12 +77,15 @@ def _elsewhere(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     for reason, found in itertools.groupby(away, lambda row: row.reason):
         names = dict.fromkeys(f"{row.implementation} ({row.variant})" for row in found)
         lines.append(f"not measured, {reason}: {', '.join(names)}")
-    return here, [part for line in lines for part in textwrap.wrap(line, WIDTH - 2, initial_indent="  ", subsequent_indent="    ")]
+    return here, [
+        part for line in lines for part in textwrap.wrap(line, WIDTH - 2, initial_indent="  ", subsequent_indent="    ")
+    ]
 
 
 def table(meta: dict[str, Any], rows: Sequence[Row], crossovers: Sequence[Crossover] = ()) -> str:
     """All rows, and below them what the columns mean."""
-    lines = [f"{meta['device']}, {meta['platform']}, jax {meta['jax']}, {meta['date']}", ""]
+    named = meta["host"] if meta["platform"] == "cpu" else f"{meta['device']}; host {meta['host']}"
+    lines = textwrap.wrap(f"{named}, {meta['cores']} cores; jax {meta['jax']}; {meta['date']}", WIDTH) + [""]
     titles = _cells([title for title, *_ in COLUMNS])
     for heading, found in groups(rows):
         here, away = _elsewhere(found)
@@ -103,7 +106,10 @@ def _told(crossover: Crossover) -> list[str]:
 
 def _legend(meta: dict[str, Any]) -> list[str]:
     told = [
-        ("ms", f"median of {meta['repeats']} samples or less, ± half of their 20th to 80th percentile; {meta['method']}"),
+        (
+            "ms",
+            f"median of {meta['repeats']} samples or less, ± half of their 20th to 80th percentile; {meta['method']}",
+        ),
         ("pass", "forward: outputs; +backward: outputs and all gradients in one program"),
         ("FLOP/s", "products that the mathematics needs by the time; nothing masked or computed twice counts"),
         (
