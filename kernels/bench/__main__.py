@@ -55,13 +55,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("--suite", default="quick", metavar="NAME", help=f"one of {', '.join(suites.SUITES)} (quick)")
-    made.add_argument(
-        "--ops", type=_names, default=[], metavar="A,B", help="functions or variants: softmax,GLA"
-    )
+    made.add_argument("--ops", type=_names, default=[], metavar="A,B", help="functions or variants: softmax,GLA")
     made.add_argument("--size", metavar="NAME", help="small or full shapes; by default small on a CPU, else full")
-    made.add_argument(
-        "--shapes", type=_names, default=[], metavar="A,B", help="parts of shapes: N512 or 8192x3"
-    )
+    made.add_argument("--shapes", type=_names, default=[], metavar="A,B", help="parts of shapes: N512 or 8192x3")
     made.add_argument("--dtypes", type=_names, metavar="A,B", help="float32 (on a CPU), bfloat16 (elsewhere)")
     made.add_argument("--repeats", type=_count, metavar="N", help="samples of every row, if they do not take too long")
     made.add_argument("--json", metavar="FILE", help="all rows and how they were taken")

@@ -38,7 +38,8 @@ class Reference:
             taken = {n: _wide(x[part] if operands[n].batched else x) for n, x in arrays.items()}
             with jax.enable_x64(True):
                 if self.gradients:
-                    out = self.program(taken, jax.tree.map(lambda x: _wide(x[part]), cotangent))
+                    coming = [_wide(x[part]) for x in jax.tree.leaves(cotangent)]
+                    out = self.program(taken, jax.tree.unflatten(jax.tree.structure(cotangent), coming))
                 else:
                     out = self.program(taken), {}
                 found.append(jax.tree.map(np.asarray, out))

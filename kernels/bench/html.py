@@ -43,7 +43,8 @@ td:first-child, th:first-child { position: sticky; left: 0; background: #fff; }
 th:first-child { background: #f6f6f6; }
 td.reason { white-space: normal; min-width: 220px; color: #8a1c1c; }
 tr.away td.reason { color: #666; }
-@media (max-width: 600px) { body { padding: 8px; } dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4em; }
+@media (max-width: 600px) {
+  body { padding: 8px; } dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .4em; }
   th, td { padding: 4px 6px; font-size: 13px; } .fine { display: none; } }
 """
 # A click on a column's title sorts by it, another one the other way round; what has no value stays below.

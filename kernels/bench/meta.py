@@ -24,7 +24,7 @@ def meta(device: Any, limits: Limits, suite: str, size: str, repeats: int, rows:
     rates = ", ".join(f"{amount(rate, 'FLOP/s')} {dtype}" for dtype, rate in limits.flops.items())
     bounds = {row.dtype: (row.error_bound, row.gradient_bound) for row in rows if row.error_bound is not None}
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "command": " ".join(sys.argv),
         "suite": suite,

@@ -11,13 +11,15 @@ WIDTH, HEIGHT = 400, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
 LEGEND_LINE = 17
 
+Number = int | float
+
 
 @dataclasses.dataclass(frozen=True)
 class Line:
     """Points `(x, y)` under a name; a `note` for each is shown where a pointer rests."""
 
     name: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[tuple[Number, Number]]
     notes: Sequence[str] = ()
     joined: bool = True
 
@@ -26,15 +28,15 @@ class Line:
 class Mark:
     """A ring at a point that matters, with what it says."""
 
-    x: float
-    y: float
+    x: Number
+    y: Number
     note: str
 
 
-def element(tag: str, content: str = "", /, **attributes) -> str:
+def element(tag: str, inside: str = "", **attributes) -> str:
     """An XML element; `_` in attributes stands for a hyphen and at their end for nothing."""
     given = "".join(f' {k.rstrip("_").replace("_", "-")}="{escape(str(v))}"' for k, v in attributes.items())
-    return f"<{tag}{given}>{content}</{tag}>" if content else f"<{tag}{given}/>"
+    return f"<{tag}{given}>{inside}</{tag}>" if inside else f"<{tag}{given}/>"
 
 
 def _text(x, y, said: str, **attributes) -> str:
@@ -44,13 +46,13 @@ def _text(x, y, said: str, **attributes) -> str:
 class _Axis:
     """From values to pixels, by their logarithm."""
 
-    def __init__(self, values: Sequence[float], start: float, stop: float, base: int):
+    def __init__(self, values: Sequence[Number], start: Number, stop: Number, base: int):
         low, high = math.log(min(values)), math.log(max(values))
         margin = max(0.04 * (high - low), 0.1)
         self.low, self.high = low - margin, high + margin
         self.start, self.stop, self.base = start, stop, base
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> float:
         share = (math.log(value) - self.low) / (self.high - self.low)
         return self.start + share * (self.stop - self.start)
 
@@ -72,8 +74,8 @@ def plot(
     *,
     x: str,
     y: str,
-    x_text: Callable[[float], str],
-    y_text: Callable[[float], str],
+    x_text: Callable[[Number], str],
+    y_text: Callable[[Number], str],
     base: int = 10,
     marks: Sequence[Mark] = (),
     limits: Sequence[Line] = (),

@@ -8,7 +8,6 @@ import pathlib
 from typing import Any
 
 STATUSES = ("ok", "wrong", "not supported", "out of memory", "not measured", "failed", "estimate")
-# What makes a row the same one in another run.
 KEY = ("op", "variant", "implementation", "device", "shape", "dtype", "pattern", "direction")
 
 
@@ -104,6 +103,7 @@ class Row:
 
     @property
     def key(self) -> tuple[Any, ...]:
+        """What makes it the same row in another run."""
         return tuple(getattr(self, name) for name in KEY)
 
 

@@ -6,14 +6,14 @@ UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 PASS = {"forward": "forward", "forward+backward": "+backward"}
 
 
-def short(number: float) -> str:
+def short(number: int | float) -> str:
     """Three digits."""
     if number == 0:
         return "0"
     return f"{number:.0f}" if abs(number) >= 99.95 else f"{number:.3g}"
 
 
-def amount(number: float | None, unit: str = "") -> str:
+def amount(number: int | float | None, unit: str = "") -> str:
     """With a prefix: 12.3 G; a dash for None."""
     if number is None:
         return "-"

@@ -153,7 +153,7 @@ def device_seconds(events: Iterable[dict[str, Any]], module: str, calls: int) ->
     return [_covered(spans[i * each : (i + 1) * each]) / 1e6 for i in range(calls)]
 
 
-def _covered(spans: Sequence[tuple[float, float]]) -> float:
+def _covered(spans: Sequence[tuple[int | float, int | float]]) -> float:
     """The length of the union of intervals, which are sorted."""
     total, reached = 0.0, float("-inf")
     for start, end in spans:
