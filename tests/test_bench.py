@@ -245,6 +245,13 @@ def test_what_would_not_fit_is_not_run(monkeypatch):
     assert row.status == "out of memory" and "GiB are free" in row.reason
 
 
+def test_what_is_too_large_in_float64_is_timed_and_marked(monkeypatch):
+    monkeypatch.setattr(errors.Reference, "__call__", exhausted)
+    row = measured()["xla", "forward"]
+    assert row.status == "ok" and row.median_ms > 0 and row.error is None
+    assert row.reason.startswith("not checked") and "not checked" in told([row])
+
+
 def test_any_other_failure_is_a_result_too():
     def broken(*arrays):
         raise RuntimeError("ptxas exited with 255\nand more")
@@ -348,7 +355,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 def slowed(x, factor):
     def wait(x):
-        time.sleep(0.02)
+        time.sleep(0.05)
         return np.asarray(x)
 
     return jax.pure_callback(wait, jax.ShapeDtypeStruct(x.shape, x.dtype), double(x, factor), vmap_method="sequential")

@@ -122,7 +122,9 @@ COLUMNS = (
 
 
 def _reason(row: Row) -> str:
-    return "" if row.status == "ok" else row.status if row.reason is None else f"{row.status}: {row.reason}"
+    if row.status == "ok":
+        return row.reason or ""
+    return row.status if row.reason is None else f"{row.status}: {row.reason}"
 
 
 def write_html(path: str, meta: dict[str, Any], rows: Sequence[Row], crossovers: Sequence[Crossover]) -> None:

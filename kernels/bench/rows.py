@@ -29,7 +29,7 @@ class Row:
         pattern: self or cross, causal or noncausal.
         direction: `"forward"` or `"forward+backward"`, outputs and all gradients in one program.
         status: one of `STATUSES`. Only `"ok"` rows have times.
-        reason: for the other statuses.
+        reason: for the other statuses; of an `"ok"` row why it could not be compared with float64.
         method: how the times were taken.
         median_ms, p20_ms, p80_ms: time of one call on the device.
         wall_ms: median of what the host waits for one call alone.

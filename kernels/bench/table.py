@@ -44,6 +44,8 @@ def _line(row: Row) -> list[str]:
     """A row; what was not timed says why instead of its time."""
     if row.status in ("ok", "estimate"):
         marks = [] if row.bit_equal in (True, None) else ["    runs differ in bits"]
+        if row.status == "ok" and row.reason is not None:
+            marks += textwrap.wrap(row.reason, WIDTH, initial_indent="    ", subsequent_indent="    ")
         return [_cells([value(row) for *_, value in COLUMNS]), *marks]
     named = _cells([value(row) for *_, value in COLUMNS[:3]] + [""] * (len(COLUMNS) - 3))
     said = row.status if row.reason is None else f"{row.status}: {row.reason}"
