@@ -152,6 +152,7 @@ def test_softmax_out_of_memory_is_a_crossing():
 
 
 def test_softmax_of_another_pattern_or_dtype_is_not_compared_with():
+    assert crossovers(sweep(2, "softmax") + [dataclasses.replace(r, family="part") for r in sweep(1, "GLA")]) == []
     for change in (dict(pattern="self noncausal"), dict(dtype="bfloat16"), dict(direction="forward+backward")):
         others = [dataclasses.replace(r, **change) for r in sweep(2, "softmax")]
         assert crossovers(others + sweep(1, "GLA")) == []

@@ -46,7 +46,7 @@ class Crossover:
 
 def crossovers(rows: Sequence[Row]) -> list[Crossover]:
     """The crossings of all variants that were timed at two lengths and more, between lengths by a power law."""
-    sweep = [row for row in rows if row.length is not None]
+    sweep = [row for row in rows if row.length is not None and row.family != "part"]
     softmax = [row for row in sweep if row.variant == SOFTMAX]
     groups = dict.fromkeys(
         (row.label, row.implementation, row.direction, row.dtype, row.pattern, row.device)

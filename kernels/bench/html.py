@@ -185,7 +185,7 @@ def _figure(title: str, drawn: str) -> str:
 
 def _lengths(rows: Sequence[Row], crossovers: Sequence[Crossover]) -> list[str]:
     """Time and memory against length, one figure for causal and one for noncausal attention."""
-    sweep = [row for row in rows if row.length is not None and row.median_ms is not None]
+    sweep = [row for row in rows if row.length is not None and row.median_ms is not None and row.family != "part"]
     figures = []
     for pattern, direction, dtype in dict.fromkeys((r.pattern, r.direction, r.dtype) for r in sweep):
         found = [r for r in sweep if (r.pattern, r.direction, r.dtype) == (pattern, direction, dtype)]

@@ -112,7 +112,7 @@ def depthwise(batch: int, side: int, heads: int, d: int = 32) -> Case:
     return Case(
         op="depthwise_conv2d",
         variant="depthwise 3x3",
-        family="image",
+        family="part",
         shape=_map(batch, side, heads, d),
         pattern="self noncausal",
         operands={

@@ -268,7 +268,7 @@ def conv(batch: int, tokens: int, heads: int, d: int, *, width: int = 4) -> Case
     return Case(
         op="short_conv",
         variant=f"short conv {width}",
-        family="scan",
+        family="part",
         shape=f"B{batch} N{tokens} H{heads} D{d}",
         pattern="self causal",
         operands={
@@ -287,7 +287,7 @@ def running_sum(batch: int, tokens: int, heads: int, d: int) -> Case:
     return Case(
         op="running",
         variant="running sum",
-        family="scan",
+        family="part",
         shape=f"B{batch} N{tokens} H{heads} D{d}",
         pattern="self causal",
         operands={"x": Operand((batch, tokens, heads * d))},

@@ -17,6 +17,7 @@ HEADINGS = {
     "sequence": "Attention on sequences",
     "scan": "Recurrences on sequences",
     "memory": "Memories that learn while they read",
+    "part": "What mixers have besides",
 }
 # Title, width, whether it is flush right, and the text of a row.
 COLUMNS = (
