@@ -19,6 +19,7 @@ from train import config as config_lib
 from train import loop
 from train.__main__ import main
 from train.checkpoint import read_state
+from train.preemption import Notice, Preempted
 
 
 def prepare(workdir, **values) -> loop.Run:
@@ -110,6 +111,45 @@ def test_going_on_from_a_step_is_bit_equal(straight, tmp_path, step, capsys):
     result = train(workdir)
     assert f"going on from step {step} of 12" in capsys.readouterr().err
     assert_same_as(straight, workdir, result)
+
+
+class Told(Notice):
+    """A notice that comes at one question; before it, as many as there are."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.at, self.asked, self.listens = at, 0, False
+
+    def listen(self):
+        self.listens = True
+
+    def arrived(self):
+        self.asked += 1
+        return self.asked >= self.at
+
+
+# Each of the 12 steps asks, and after steps 4, 8 and 12 the one batch of each of the two evaluations.
+@pytest.mark.parametrize(
+    "at, step, scored",
+    [
+        (2, 2, True),
+        pytest.param(4, 4, False, marks=pytest.mark.slow),
+        (6, 4, False),
+        pytest.param(17, 12, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_told_to_stop_saves_and_ends_as_if_it_had_not_been(straight, tmp_path, at, step, scored):
+    """In training, and in an evaluation, which the run that goes on makes up for."""
+    run, told = prepare(tmp_path), Told(at)
+    with pytest.raises(Preempted, match=f"stopped by SIGTERM after step {step}, which is saved"):
+        loop.train(run, told)
+    assert told.listens
+    assert [line["step"] for line in runs.lines(tmp_path) if "eval/test_loss" in line] == [4, 8][
+        : max(0, step // 4 - 1)
+    ]
+    again = prepare(tmp_path)
+    assert (again.restored_step, again.unscored) == (step, not scored)
+    assert_same_as(straight, tmp_path, loop.train(again))
 
 
 @pytest.mark.slow

@@ -47,8 +47,12 @@ class Writer:
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._keep(math.inf)
 
-    def resume(self, step: int) -> int:
+    def resume(self, step: int, *, without: str | None = None) -> int:
         """Drops what a run wrote after the `step` (0: none done) from which this one goes on.
+
+        Args:
+            step: the last one whose lines stay.
+            without: how the names begin of metrics of this very step that are to be written once more.
 
         Returns:
             The number of lines dropped; a half-written one went already when the file was opened.
@@ -56,7 +60,7 @@ class Writer:
         if not self._enabled:
             return 0
         self._events = None
-        return self._keep(step)
+        return self._keep(step, without)
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Writes host numbers (Python's or numpy's) that belong to a step.
@@ -92,13 +96,16 @@ class Writer:
             if self._events is not None:
                 self._events.file.flush()
 
-    def _keep(self, last_step: int | float) -> int:
+    def _keep(self, last_step: int | float, without: str | None = None) -> int:
         """Keeps the whole lines up to a step, rewriting the file if that changes it; counts the others."""
         path = self._workdir / "metrics.jsonl"
         content = path.read_bytes() if path.exists() else b""
         lines = content.splitlines(keepends=True)
         steps = {line: _step_of(line) for line in lines}
         kept = [line for line in lines if steps[line] is not None and steps[line] <= last_step]
+        if without is not None:
+            again = [any(name.startswith(without) for name in json.loads(line)) for line in kept]
+            kept = [line for line, found in zip(kept, again) if not (found and steps[line] == last_step)]
         self._last_step = max((steps[line] for line in kept), default=0)
         self._lines = _GrowingFile(path, content)
         if len(kept) < len(lines):
