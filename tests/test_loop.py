@@ -11,12 +11,13 @@ import chex
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import zoo
-from tests import runs
+from tests import object_store, runs
+from train import checkpoints, loop
 from train import config as config_lib
-from train import loop
 from train.__main__ import main
 from train.checkpoint import read_state
 from train.preemption import Notice, Preempted
@@ -150,6 +151,23 @@ def test_a_run_that_is_told_to_stop_saves_and_ends_as_if_it_had_not_been(straigh
     again = prepare(tmp_path)
     assert (again.restored_step, again.unscored) == (step, not scored)
     assert_same_as(straight, tmp_path, loop.train(again))
+
+
+def test_a_workdir_without_rename_and_append_serves_as_well(straight, tmp_path, monkeypatch, capsys):
+    """As on gs://: a run that is told to stop, one that goes on, the metrics, the config and the checkpoints."""
+    store = object_store.install(monkeypatch, tmp_path)
+    workdir = epath.Path(f"{object_store.PREFIX}bucket/run")
+    with pytest.raises(Preempted):
+        loop.train(prepare(workdir), Told(7))
+    (tmp_path / "bucket" / "run" / "checkpoints" / "11" / "state").mkdir(parents=True)
+    assert_same_as(straight, tmp_path / "bucket" / "run", train(workdir))
+    assert "going on from step 5 of 12" in capsys.readouterr().err
+    assert json.loads((workdir / "config.json").read_text())["model"]["name"] == "davit_nano"
+    assert store.writes and not list(tmp_path.rglob("*tmp*"))
+    assert checkpoints.main([str(workdir), "--verify"]) == 0
+    (tmp_path / "bucket" / "run" / "checkpoints" / "13" / "state").mkdir(parents=True)
+    assert checkpoints.main([str(workdir), "--repair"]) == 0
+    assert "13: unfinished" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
-from etils.epath import backend, gpath
 from tensorboardX.proto import event_pb2
 
+from tests import object_store
 from train import metrics
 
 
@@ -149,43 +149,9 @@ def test_event_files_are_in_order_whatever_the_clock_says(tmp_path, monkeypatch)
     ]
 
 
-class ObjectStore(type(backend.os_backend)):
-    """What `gs://` can do, in a local folder: whole objects only, no appending and no renaming."""
-
-    def __init__(self, root: pathlib.Path):
-        self.root, self.writes = root, 0
-
-    def _local(self, path: str) -> str:
-        return str(self.root / path.removeprefix("gs://"))
-
-    def open(self, path, mode):
-        assert "a" not in mode, "an object store cannot append"
-        self.writes += "w" in mode
-        return super().open(self._local(path), mode)
-
-    def exists(self, path):
-        return super().exists(self._local(path))
-
-    def makedirs(self, path, *, exist_ok=False, mode=None):
-        super().makedirs(self._local(path), exist_ok=exist_ok, mode=mode)
-
-    def listdir(self, path):
-        return super().listdir(self._local(path))
-
-    def glob(self, path):
-        return [found.replace(f"{self.root}/", "gs://") for found in super().glob(self._local(path))]
-
-    def rename(self, path, dst):
-        raise AssertionError("an object store cannot rename")
-
-    replace = rename
-
-
 def test_without_append_and_rename(tmp_path, monkeypatch):
-    store = ObjectStore(tmp_path)
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", store)
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    workdir = epath.Path("gs://bucket/run")
+    store = object_store.install(monkeypatch, tmp_path)
+    workdir = epath.Path(f"{object_store.PREFIX}bucket/run")
     with metrics.Writer(workdir) as writer:
         for step in range(1, 6):
             writer.write(step, {"loss": 1 / step})
@@ -215,6 +181,7 @@ def test_tensorboard_leaves_no_trace(tmp_path):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\n")
     code = """
 import atexit, logging, os, signal, sys, threading, warnings
+from tests import object_store
 from train import metrics
 def world():
     return (list(warnings.filters), dict(os.environ), threading.enumerate(), logging.root.handlers[:],

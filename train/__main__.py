@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with preemption.Notice() as notice:
         try:
             result = loop.train(run, notice)
-        except (loop.TrainingError, CheckpointError) as error:
+        except (loop.TrainingError, CheckpointError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:

@@ -261,9 +261,7 @@ def _check_config(workdir: epath.Path, config: ml_collections.FrozenConfigDict) 
 def _write_config(workdir: epath.Path, config: ml_collections.FrozenConfigDict) -> None:
     """Leaves the config in the workdir; a kill leaves the old one or this one."""
     if jax.process_index() == 0:
-        beside = workdir / f"{CONFIG_FILE}.tmp"
-        beside.write_text(config_lib.describe(config) + "\n")
-        beside.replace(workdir / CONFIG_FILE)
+        metrics.replace_file(workdir / CONFIG_FILE, (config_lib.describe(config) + "\n").encode())
 
 
 def _describe(run: Run) -> str:

@@ -146,6 +146,16 @@ def _step_of(line: bytes) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def replace_file(path: epath.Path, content: bytes) -> None:
+    """Writes a file whole: a kill leaves the old content or this. Object stores, which cannot rename, write like that."""
+    if "://" in str(path):
+        path.write_bytes(content)
+        return
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
 class _GrowingFile:
     """A file to which bytes are added; rewritten whole at each flush where its file system cannot append."""
 
@@ -156,13 +166,9 @@ class _GrowingFile:
 
     def replace(self, content: bytes) -> None:
         """Puts other content in the place of the old one, at once: a kill leaves the one or the other."""
-        if self._whole is None:
-            beside = self.path.with_name(f"{self.path.name}.tmp")
-            beside.write_bytes(content)
-            beside.replace(self.path)
-        else:
+        if self._whole is not None:
             self._whole[:] = content
-            self.path.write_bytes(content)
+        replace_file(self.path, content)
 
     def write(self, data: bytes) -> None:
         """Adds bytes; on a disk they are handed over before this returns."""

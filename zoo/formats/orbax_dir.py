@@ -60,6 +60,8 @@ def import_orbax() -> Any:
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
+    # Of a write that fails in many pieces, asyncio logs each with its traceback when it is collected.
+    logging.getLogger("asyncio").addFilter(lambda record: "/orbax/checkpoint/" not in record.getMessage())
     return ocp
 
 
@@ -70,7 +72,7 @@ def checkpoint_path(directory: epath.PathLike) -> epath.Path:
 
 
 def can_rename(directory: epath.Path) -> bool:
-    """Whether a directory renames: tried with a folder that holds a file, as a step does; `OSError` if nothing can be written."""
+    """Whether a directory renames folders that hold files, as steps do; `OSError` if nothing can be written."""
     before, after = directory / "probe", directory / "probe-renamed"
     try:
         before.mkdir(exist_ok=True)
