@@ -105,6 +105,10 @@ def test_resumed_run_reads_like_an_uninterrupted_one(tmp_path, tail):
     run(killed, 0, 33)
     with (killed / "metrics.jsonl").open("ab") as file:
         file.write(tail)
+    again = metrics.Writer(killed)
+    again.resume(20)
+    assert again.redone == 13
+    run(killed, 20, 33)
     assert run(killed, 20, 50) == 13 + 1  # steps 21 to 33 and the evaluation at step 30
     assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert shown(killed) == shown(whole) and len(shown(whole)) == 55
@@ -181,7 +185,6 @@ def test_tensorboard_leaves_no_trace(tmp_path):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\n")
     code = """
 import atexit, logging, os, signal, sys, threading, warnings
-from tests import object_store
 from train import metrics
 def world():
     return (list(warnings.filters), dict(os.environ), threading.enumerate(), logging.root.handlers[:],
@@ -234,6 +237,11 @@ def test_meter():
     assert meter.rates() == {"tokens_per_second": 256 / 5}
     expected = {"compile": 8, "data": 2, "step": 2, "eval": 4, "checkpoint": 0, "other": 1}
     assert meter.seconds_by_phase() == {f"seconds/{name}": seconds for name, seconds in expected.items()}
+    shares = {f"goodput/{name}": round(seconds / 17, 4) for name, seconds in expected.items()}
+    assert meter.goodput() == {**shares, "goodput/lost": 0.0}
+    # One of the four steps had been done before.
+    meter.redo(1)
+    assert meter.goodput() == {**shares, "goodput/step": round(1.5 / 17, 4), "goodput/lost": round(0.5 / 17, 4)}
     with meter.phase("checkpoint"):
         clock.now += 5
     assert meter.rates() == {"tokens_per_second": 0.0}

@@ -159,8 +159,20 @@ def meshes(place: pathlib.Path) -> dict[str, Any]:
     return figures
 
 
-def order(counts: Sequence[int] = (1, 2, 4, 8), *, batches: int = 4, workers: Sequence[int] = (0, 2)) -> dict[str, Any]:
+def order(
+    place: pathlib.Path | None = None,
+    counts: Sequence[int] = (1, 2, 4, 8),
+    *,
+    batches: int = 4,
+    workers: Sequence[int] = (0, 2),
+) -> dict[str, Any]:
     """Reads with several numbers of processes, and goes on with another number in the middle.
+
+    Args:
+        place: not used.
+        counts: of processes.
+        batches: to read.
+        workers: numbers of worker processes.
 
     Returns:
         How many `combinations` of processes before, processes after and worker processes, and how many `differ` from
@@ -183,7 +195,7 @@ def order(counts: Sequence[int] = (1, 2, 4, 8), *, batches: int = 4, workers: Se
     expected = read(1, begin, batches)
     figures = dict(combinations=0, differ=0)
     for before, after in [(a, b) for a in counts for b in counts]:
-        for number in workers if before == after == counts[-1] else workers[:1]:
+        for number in workers if before == after == 2 else workers[:1]:
             found = read(before, begin, half, number) + read(after, begin + half * 16, batches - half, number)
             figures["combinations"] += 1
             figures["differ"] += not same_bits(found, expected)
@@ -225,14 +237,22 @@ def not_finite(place: pathlib.Path, at: Sequence[int] = (2, 5), *, log_every: in
     return figures
 
 
-def accumulated(config: str, parts: Sequence[int] = (2, 4, 8), **values: Any) -> dict[str, float]:
-    """The gradient of one batch, taken at once and in parts, without drop path or augmentation.
+def accumulated(
+    place: pathlib.Path | None = None, name: str = "davit_nano", parts: Sequence[int] = (2, 4, 8)
+) -> dict[str, float]:
+    """The gradient of one batch of digits, taken at once and in parts, without drop path.
+
+    Args:
+        place: not used.
+        name: of the model.
+        parts: into how many.
 
     Returns:
         Number of parts -> norm of the difference over the norm.
     """
+    config = f"configs/digits.py:{name}"
     still = dict(model__overrides__drop_path_rate=0.0, optim__name="sgd", optim__clip_norm="None", ema=0.0)
-    settings = dict(total_steps=3, data__batch_size=64, **still) | values
+    settings = dict(total_steps=3, data__batch_size=64, optim__warmup_steps=0, **still)
 
     def gradient(accum_steps: int) -> Any:
         loaded = config_lib.load(config, words(config, **settings, accum_steps=accum_steps))

@@ -27,15 +27,20 @@ CONFIG = "configs/digits.py:davit_nano"
 # A run whose steps take milliseconds.
 TINY = {
     "data.batch_size": 16,
-    "data.extra_eval.test_last360": "",
     "optim.warmup_steps": 2,
     "eval_every": 9,
     "log_every": 1,
     "checkpoint.every_steps": 3,
     "checkpoint.keep": 3,
 }
+# Config -> what makes it small besides, or does without what is of no use here.
 SMALL_MODELS = {
-    CONFIG: {"model.overrides.depths": "(1,)", "model.overrides.dims": "(8,)", "model.overrides.num_heads": "(2,)"},
+    CONFIG: {
+        "data.extra_eval.test_last360": "",
+        "model.overrides.depths": "(1,)",
+        "model.overrides.dims": "(8,)",
+        "model.overrides.num_heads": "(2,)",
+    },
 }
 # Longer than anything here takes on a busy machine.
 PATIENCE = 300.0
@@ -182,12 +187,12 @@ def _temporary(workdir: pathlib.Path) -> set[tuple[str, int]]:
     return {(path.name, path.stat().st_ino) for path in found}
 
 
-def kills(place: pathlib.Path, count: int, *, seed: int = 0, total: int = 60, every: int = 3) -> dict[str, Any]:
+def kills(place: pathlib.Path, kills: int, *, seed: int = 0, total: int = 60, every: int = 3) -> dict[str, Any]:
     """Kills a run at random moments, in the start-up and in training, until it is done; then the next one.
 
     Args:
         place: an empty directory.
-        count: how many kills.
+        kills: how many.
         seed: of the moments.
         total: steps of a run.
         every: steps between checkpoints.
@@ -203,8 +208,8 @@ def kills(place: pathlib.Path, count: int, *, seed: int = 0, total: int = 60, ev
     draw = random.Random(seed)
     figures = dict(kills=0, ends=0, failed=0, wrong=0, saves_lost=0, steps_lost=0, left=0)
     workdir, newest, before = place / "run0", 0, set()
-    while figures["kills"] < count or newest or before:
-        last = figures["kills"] >= count
+    while figures["kills"] < kills or newest or before:
+        last = figures["kills"] >= kills
         child = Child(workdir, **settings)
         if not last and draw.random() < 0.15:
             time.sleep(draw.uniform(0.1, 6.0))
@@ -301,7 +306,9 @@ def starved(place: pathlib.Path, kind: str) -> dict[str, Any]:
         aside.rename(steps)
     found = orbax_dir.list_steps(steps)
     text = child.said()
-    named = "error: " in text and "Traceback" not in text and ("saving step" in text or "cannot write" in text)
+    # The libraries in between may have said things of their own before.
+    last = text.splitlines()[-1]
+    named = last.startswith("error: ") and ("saving step" in last or "cannot write" in last)
     again = Child(child.workdir, **settings, total_steps=max(found) + 3, name="again")
     return dict(
         code=code,

@@ -4,15 +4,17 @@
     python -m train.faults --only R1 --kills 200       # half an hour and more
     python -m train.faults --json > faults.json
 
-Real processes train a tiny DaViT on the digits, on a CPU with eight pretended devices. They are killed at random moments,
-told to stop, starved of disk and torn from one another; their checkpoints are damaged, and what they resume is compared
-to the bit with what was not disturbed. Progress goes to stderr. Exit codes: 0 every figure holds, 1 one does not.
+Real processes train a tiny DaViT on the digits, on a CPU with eight pretended devices. They are killed at random
+moments, told to stop, starved of disk and torn from one another; their checkpoints are damaged, and what they resume is
+compared to the bit with what was not disturbed. Progress goes to stderr. Exit codes: 0 every figure holds, 1 one does
+not, 2 the arguments are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -44,91 +46,62 @@ class Figure:
     holds: Callable[[dict[str, Any]], bool]
 
 
-def _kills(place: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from train import fault_runs
+def _of(module: str, function: str, *arguments: str, **settings: Any) -> Callable[..., dict[str, Any]]:
+    """A measurement of another module, which is imported only after the devices are chosen; with these arguments."""
 
-    return fault_runs.kills(place, arguments.kills, seed=arguments.seed)
+    def measure(place: pathlib.Path, given: argparse.Namespace) -> dict[str, Any]:
+        of = getattr(importlib.import_module(f"train.{module}"), function)
+        return of(place, **settings, **{name: getattr(given, name) for name in arguments})
 
-
-def _damage(place: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from train import fault_checks
-
-    return fault_checks.damage(place, arguments.places, seed=arguments.seed)
+    return measure
 
 
-def _cut(place: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from train import fault_checks
-
-    return fault_checks.cut(place, total=6)
+def _starved(place: pathlib.Path, given: argparse.Namespace) -> dict[str, Any]:
+    return {kind: _of("fault_runs", "starved", kind=kind)(place / kind, given) for kind in ("full", "gone")}
 
 
-def _meshes(place: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from train import fault_checks
-
-    return fault_checks.meshes(place)
-
-
-def _order(place: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from train import fault_checks
-
-    return fault_checks.order()
+def _accumulated(place: pathlib.Path, given: argparse.Namespace) -> dict[str, Any]:
+    measures = {name: _of("fault_checks", "accumulated", name=name) for name in ACCUMULATED}
+    return {name: max(measure(place, given).values()) for name, measure in measures.items()}
 
 
-def _preempted(place: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from train import fault_runs
-
-    return fault_runs.preempted(place)
-
-
-def _starved(place: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from train import fault_runs
-
-    return {kind: fault_runs.starved(place / kind, kind) for kind in ("full", "gone")}
-
-
-def _not_finite(place: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from train import fault_checks
-
-    return fault_checks.not_finite(place, at=(2, 3, 5, 8))
-
-
-def _accumulated(place: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from train import fault_checks
-
-    return {
-        name: max(fault_checks.accumulated(f"configs/digits.py:{name}", optim__warmup_steps=0).values())
-        for name in ACCUMULATED
+def _processes(place: pathlib.Path, given: argparse.Namespace) -> dict[str, Any]:
+    found = {
+        str(count): _of("fault_runs", "processes", count=count)(place / str(count), given)["distance"]
+        for count in (2, 4)
     }
-
-
-def _processes(place: pathlib.Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    from train import fault_runs
-
-    found = {str(count): fault_runs.processes(place / str(count), count)["distance"] for count in (2, 4)}
-    return {**found, "one of two killed": fault_runs.torn(place / "torn")}
+    return {**found, "one of two killed": _of("fault_runs", "torn")(place / "torn", given)}
 
 
 FIGURES = {
     "R1": Figure(
         "killed at random moments: every restart succeeds, no wrong value, at most one save lost, nothing left over",
-        _kills,
+        _of("fault_runs", "kills", "kills", "seed"),
         lambda found: found["saves_lost"] <= 1 and not (found["failed"] or found["wrong"] or found["left"]),
     ),
     "R2": Figure(
         "a flipped bit, truncation, empty or missing file or item: detected, named, passed over",
-        _damage,
+        _of("fault_checks", "damage", "places", "seed"),
         lambda found: not (found["undetected"] or found["unnamed"] or found["wrong"]) and found["restarted"],
     ),
-    "R3": Figure("cut at every step: bit-equal to a run without interruption", _cut, lambda found: not found["differ"]),
-    "R4": Figure("saved on 8 devices, restored on other meshes: bit-equal", _meshes, lambda found: not found["differ"]),
+    "R3": Figure(
+        "cut at every step: bit-equal to a run without interruption",
+        _of("fault_checks", "cut", total=6),
+        lambda found: not found["differ"],
+    ),
+    "R4": Figure(
+        "saved on 8 devices, restored on other meshes: bit-equal",
+        _of("fault_checks", "meshes"),
+        lambda found: not found["differ"],
+    ),
     "R5": Figure(
         "the order of examples for 1, 2, 4 and 8 processes, also when going on with another number",
-        _order,
+        _of("fault_checks", "order"),
         lambda found: not found["differ"],
     ),
     "R6": Figure(
         "SIGTERM twice with 1 GB of state: saved, exit code 143, within 30 s",
-        _preempted,
+        _of("fault_runs", "preempted"),
         lambda found: found["saved"] and found["code"] == 143 and found["seconds"] <= 30 and found["gigabytes"] >= 1,
     ),
     "R7": Figure(
@@ -141,7 +114,7 @@ FIGURES = {
     ),
     "R8": Figure(
         "NaN at a step: named by the next log, and the newest checkpoint is finite",
-        _not_finite,
+        _of("fault_checks", "not_finite", at=(2, 3, 5, 8)),
         lambda found: not found["wrong"],
     ),
     "R9": Figure(
@@ -150,7 +123,7 @@ FIGURES = {
         lambda found: max(found.values()) <= ROUNDING,
     ),
     "R11": Figure(
-        "2 and 4 processes against one: distance of the states after a step; one killed: the other ends within a minute",
+        "2 and 4 processes against one: distance of the states after a step; one killed: the other ends in a minute",
         _processes,
         lambda found: (
             max(found["2"], found["4"]) <= ROUNDING

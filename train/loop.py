@@ -14,6 +14,7 @@ from etils import epath
 
 from train import checkpoint, data, flops, metrics, preemption, progress, sources, start
 from train import config as config_lib
+from train import host as host_lib
 from train import program as program_lib
 from train.evaluate import evaluate
 from train.face_set import FaceSet, check_strangers
@@ -154,6 +155,7 @@ def train(run: Run, notice: preemption.Notice | None = None) -> dict[str, Any]:
         jax.transfer_guard("disallow"),
     ):
         writer.resume(first, without="eval/" if run.unscored else None)
+        meter.redo(writer.redone)
         bar.announce(_describe(run))
         if run.restored_step is not None:
             bar.announce(f"going on from step {first} of {last} in {run.workdir}")
@@ -187,7 +189,7 @@ def train(run: Run, notice: preemption.Notice | None = None) -> dict[str, Any]:
                 if log:
                     speed = rates()
                     line = {f"train/{name}": value for name, value in host.items()}
-                    writer.write(step, line | speed | meter.seconds_by_phase())
+                    writer.write(step, line | speed | meter.seconds_by_phase() | meter.goodput() | host_lib.memory())
                     bar.update(step, host | speed)
             unscored = False
             if scored:

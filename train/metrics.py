@@ -24,8 +24,8 @@ class Writer:
     """Writes each set of metrics as one line of `metrics.jsonl` and as one TensorBoard event.
 
     A line is a JSON object with `step` first and the metrics in alphabetical order; what is not finite is
-    null. By convention the names of wall-clock measurements begin with `seconds`, end with `_per_second` or are
-    `mfu`; all else is the same in every run of a config.
+    null. By convention the names of what is measured of the machine begin with `seconds`, `goodput` or `memory`, end
+    with `_per_second` or are `mfu`; all else is the same in every run of a config.
 
     On a disk a line is there once `write` returns. Object stores cannot append: there the files are rewritten
     whole by `flush`, which is therefore called before a checkpoint is saved. A run that goes on from a
@@ -41,6 +41,8 @@ class Writer:
             process_index: `jax.process_index()`; all but process 0 write nothing.
         """
         self._enabled = process_index == 0
+        # Steps that were logged by a run that was killed, and of which no checkpoint was left.
+        self.redone = 0
         self._workdir = epath.Path(workdir)
         self._events: _EventFile | None = None
         if self._enabled:
@@ -59,8 +61,10 @@ class Writer:
         """
         if not self._enabled:
             return 0
-        self._events = None
-        return self._keep(step, without)
+        self._events, reached = None, self._last_step
+        dropped = self._keep(step, without)
+        self.redone = max(0, reached - step)
+        return dropped
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Writes host numbers (Python's or numpy's) that belong to a step.
@@ -147,7 +151,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 def replace_file(path: epath.Path, content: bytes) -> None:
-    """Writes a file whole: a kill leaves the old content or this. Object stores, which cannot rename, write like that."""
+    """Writes a file whole: a kill leaves the old content or this, as a plain write to an object store does."""
     if "://" in str(path):
         path.write_bytes(content)
         return
@@ -259,7 +263,7 @@ class Meter:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._open = ["other"]
         self._since = clock()
-        self._examples = 0
+        self._examples = self._steps = self._redone = 0
         self._training_before = 0.0
 
     @contextlib.contextmanager
@@ -280,8 +284,13 @@ class Meter:
             self._open.pop()
 
     def count(self, examples: int) -> None:
-        """Adds examples that a training step has taken."""
+        """Adds a training step and the examples that it has taken."""
         self._examples += examples
+        self._steps += 1
+
+    def redo(self, steps: int) -> None:
+        """Notes how many of the steps to come were done before, by a process that was killed."""
+        self._redone = steps
 
     def rates(self) -> dict[str, float]:
         """The rate since the last call: examples by the time spent on data, steps and other things.
@@ -303,6 +312,20 @@ class Meter:
         """The part of the wall time so far that each phase took: `seconds/compile` and so on."""
         self._charge()
         return {f"seconds/{name}": round(value, 3) for name, value in self._seconds.items()}
+
+    def goodput(self) -> dict[str, float]:
+        """What the wall time went to, as shares that add up to 1: `goodput/step`, the useful part, and so on.
+
+        `goodput/lost` is the work of a process that was killed: the steps that this one does over again, as far as
+        they had been logged, at its own mean time of a step. They are taken from the share of the steps.
+        """
+        self._charge()
+        seconds = dict(self._seconds)
+        redone = min(self._redone, self._steps) / max(self._steps, 1)
+        seconds["lost"] = redone * seconds["step"]
+        seconds["step"] -= seconds["lost"]
+        whole = sum(seconds.values())
+        return {f"goodput/{name}": round(value / whole, 4) if whole else 0.0 for name, value in seconds.items()}
 
     def _charge(self) -> None:
         now = self._clock()
