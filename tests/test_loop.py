@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, how they go on, how they end early."""
 
+import errno
 import json
 import random
 import re
@@ -16,7 +17,7 @@ from PIL import Image
 
 import zoo
 from tests import object_store, runs
-from train import checkpoints, loop
+from train import checkpoints, loop, metrics
 from train import config as config_lib
 from train.__main__ import main
 from train.checkpoint import read_state
@@ -254,6 +255,25 @@ def test_a_workdir_that_cannot_be_written(tmp_path, capsys):
     workdir = tmp_path / "file" / "run"
     assert main(["--config", runs.CONFIG, "--workdir", str(workdir), *runs.SMALL]) == 2
     assert "choose a directory that this user can write" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_metrics_that_cannot_be_written_end_the_run_and_lose_nothing(tmp_path, monkeypatch, capsys):
+    """As on a disk that is full."""
+    write = metrics.Writer.write
+
+    def full(self, step, values):
+        if step > 7:
+            raise OSError(errno.ENOSPC, "cannot write metrics: No space left on device", "metrics.jsonl")
+        write(self, step, values)
+
+    words = ["--config", runs.CONFIG, "--workdir", str(tmp_path), *runs.SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Writer, "write", full)
+        assert main(words) == 1
+    assert re.search("^error: .*cannot write metrics: No space left", capsys.readouterr().err, re.M)
+    assert main(words) == 0
+    assert "going on from step 6 of 12" in capsys.readouterr().err
 
 
 def test_a_workdir_of_another_run(straight, capsys):

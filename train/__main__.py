@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             result = loop.train(run, notice)
         except (loop.TrainingError, CheckpointError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            if jax.process_count() > 1 and not isinstance(error, loop.NotFinite):
+                processes.leave(1)
             return 1
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)

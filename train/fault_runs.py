@@ -259,6 +259,8 @@ def preempted(place: pathlib.Path, *, width: int = 2048, seconds: float = PATIEN
         total_steps=10_000,
         optim__name="adamw",
         ema=0.0,
+        # The time that the step in flight takes is not what is measured.
+        data__batch_size=2,
         checkpoint__every_steps=10_000,
         **{f"model__overrides__{name}": value for name, value in overrides.items()},
     )

@@ -37,6 +37,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on: what happened, at which step, and what there is to start from."""
 
 
+class NotFinite(TrainingError):
+    """The loss or the gradient stopped being finite, which all processes of a run see at once."""
+
+
 @dataclasses.dataclass
 class Run:
     """A run that is ready to train: everything that can be wrong with its settings has been looked at."""
@@ -311,7 +315,7 @@ def _finite(values: dict[str, Any], run: Run) -> dict[str, float]:
         run.checkpoints.wait()
         newest = max(checkpoint.list_steps(run.workdir / "checkpoints"), default=None)
         left = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is step {newest}"
-        raise TrainingError(
+        raise NotFinite(
             f"the loss or the gradient of step {bad} is not finite; {left}. A lower config.optim.lr, a longer "
             "warm-up or config.optim.clip_norm may help; or start from another checkpoint."
         )

@@ -14,9 +14,9 @@ import jax
 LOST = 3
 # After so long without a sign of life a process counts as lost. JAX's own default is 100 seconds.
 HEARTBEAT_SECONDS = 30
-# How long processes wait for one another at the start and at the end.
+# How long processes wait for one another at the start, and at the end, where process 0 reads the last checkpoint again.
 START_SECONDS = 300
-END_SECONDS = 60
+END_SECONDS = 300
 
 
 def join(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> None:
@@ -67,7 +67,12 @@ def end(reason: str) -> NoReturn:
     )
     # Whatever lock on stderr another thread holds.
     os.write(2, line.encode())
-    os._exit(LOST)
+    leave(LOST)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once, so that the others, which still compute, soon see that it is gone."""
+    os._exit(code)
 
 
 def _explain_abort() -> None:
