@@ -16,6 +16,7 @@ Source: Sun et al., LASP-2 (arXiv:2502.07563), algorithms 1 and 2, and section 4
 decay, the delta rule, documents and states before the first and after the last token.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +59,7 @@ def split(run: Callable[..., Any], kinds: str, results: str, *arrays: Any) -> An
             heads, `r` one row for each device along the tokens, and anything else what no axis divides. `-` is the
             same everywhere.
         results: likewise.
-        *arrays: operands, trees of equally shaped arrays, or None. A dimension of size 1 stays whole.
+        *arrays: operands, trees of arrays with the same first dimensions, or None. A dimension of size 1 stays whole.
     """
     axes = partition.automatic_axes()
     words = kinds.split()
@@ -74,7 +75,8 @@ def split(run: Callable[..., Any], kinds: str, results: str, *arrays: Any) -> An
     def spec(word, shape=None):
         if word == "-":
             return PartitionSpec()
-        return PartitionSpec(*(over.get(x) if shape is None or shape[i] > 1 else None for i, x in enumerate(word)))
+        shape = [None] * len(word) if shape is None else shape
+        return PartitionSpec(*(None if size == 1 else over.get(letter) for letter, size in zip(word, shape)))
 
     def specs(word, array):
         return jax.tree.map(lambda leaf: spec(word, leaf.shape), array)
@@ -94,7 +96,7 @@ def _rank_and_size():
 
 
 def _from_before(x, count: int, first=None):
-    """The `count` tokens before this device's, `(B, count, ...)`; before the row come `first`, of that shape, or zeros."""
+    """The `count` tokens before this device's, `(B, count, ...)`; before the row are those of `first`, else zeros."""
     rank, size = _rank_and_size()
     tokens = x.shape[1]
     hops = -(-count // tokens)
@@ -343,3 +345,51 @@ def running(op, x, before, segments, combine):
         return joined(mine_seen[:, None] & within[..., None], mine[:, None], out)
 
     return split(local, "bnh bh bn", "bnh", x, before, segments)
+
+
+def memory(op, fresh, arrays, gates, weights, segments, state, **options):
+    """`kernels.memory.miras`: output, and the state after the last token.
+
+    What a chunk makes of a memory is no linear map, so that the devices have to wait for each other: each takes the
+    state from the one before it, goes through its tokens, and hands the state on. The backward pass keeps the state
+    that each began with, and goes through the tokens again.
+
+    Args:
+        op: `(query, key, value, weights, **gates, segments, initial_state)` to output and state.
+        fresh: `(weights, batch)` to the state before the first token.
+        arrays: query, key and value; gates: by name, or None; state: before the first token.
+    """
+    begin = fresh(weights, len(arrays[0])) if state is None else state
+
+    def local(arrays, gates, weights, segments, state, position):
+        rank, size = _rank_and_size()
+        goes_on = _goes_on(segments)
+        state = begin._replace(**state, position=position)
+
+        def turn(state, out):
+            if goes_on is not None:
+                new = fresh(weights, len(out))._replace(position=state.position)
+                state = jax.tree.map(
+                    lambda old, new: jnp.where(goes_on.reshape(-1, *[1] * (old.ndim - 1)), old, new), state, new
+                )
+            out, state = op(*arrays, weights, **gates, segments=segments, initial_state=state)
+            return state, out
+
+        # In the loop nothing can be merged across the barrier that prevent_cse would put up.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def body(carry, index):
+            state, out = jax.lax.cond(index == rank, turn, lambda *same: same, *carry)
+            onwards = [(source, (source + 1) % size) for source in range(size)]
+            return (jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, onwards), state), out), None
+
+        (state, out), _ = jax.lax.scan(body, (state, jnp.zeros_like(arrays[2])), jnp.arange(size))
+        parts = state._asdict()
+        position = parts.pop("position")
+        return out, jax.tree.map(lambda x: x[None], parts), position[None]
+
+    parts = begin._asdict()
+    position = parts.pop("position")
+    operands = (arrays, gates, weights, segments, parts, position)
+    out, states, positions = split(local, "bnh bnh h bn bh b", "bnh rbh rb", *operands)
+    # The last device has handed its state on to the first.
+    return out, begin._replace(**jax.tree.map(lambda x: x[0], states), position=positions[0])

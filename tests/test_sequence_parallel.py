@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +12,12 @@ from kernels.dense import attention
 from kernels.flow import flow_attention
 from kernels.linear import linear_attention
 from kernels.local import local_attention
+from kernels.memory import MemoryRule, MemoryState, initial_memory, memora, miras, moneta, yaad
 from kernels.running import running
 from kernels.short_conv import short_conv
+from tests import memories
 from tests.recurrences import OPS
 
-TOLERANCES = {np.float32: 1e-5, np.float64: 1e-12}
 TOKENS = 16
 
 
@@ -51,17 +51,24 @@ def close(found, expected, tolerance):
     """Leaf by leaf, relative to the largest number of the leaf where that is above 1."""
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1, np.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(initial=1))
 
 
-def same(run, arrays, mesh, dtype=np.float32):
-    """On the mesh as without one; with float32 numbers, as without one in float64."""
+def same(run, arrays, mesh):
+    """On the mesh as without one in float64."""
     found = results(run, arrays, mesh)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: np.asarray(x, np.float64) if x.dtype.kind == "f" else x, arrays)
-        expected = results(run, wide)
-    expected = jax.tree.map(lambda a, b: a.astype(b.dtype), expected, found)
-    close(found, expected, TOLERANCES[dtype])
+        expected = results(run, wide(arrays))
+    close(found, jax.tree.map(lambda a, b: a.astype(b.dtype), expected, found), 1e-5)
+
+
+def same_in_float64(run, arrays, mesh):
+    with jax.enable_x64(True):
+        close(results(run, wide(arrays), mesh), results(run, wide(arrays)), 1e-12)
+
+
+def wide(arrays):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64) if x.dtype.kind == "f" else x, arrays)
 
 
 def documents(tokens=TOKENS, batch=2):
@@ -72,7 +79,7 @@ def documents(tokens=TOKENS, batch=2):
     return (starts.cumsum(1) % 2).astype(np.int32)
 
 
-def recurrence(name, packed, dtype=np.float32, channels=4):
+def recurrence(name, packed, channels=4, dtype=np.float32):
     rng = np.random.default_rng(0)
     op = OPS[name]
     arrays = op.operands(rng, TOKENS, channels=channels, values=3, heads=2, dtype=dtype)
@@ -92,6 +99,12 @@ CASES = [(name, packed, size) for name in OPS for packed in (False, True) for si
 def test_recurrences_over_devices(name, packed, size):
     run, arrays = recurrence(name, packed)
     same(run, arrays, mesh_of(size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPS)
+def test_recurrences_in_float64(name):
+    same_in_float64(*recurrence(name, True), mesh_of(4))
 
 
 def tokens_of(*shapes, dtype=np.float32):
@@ -125,47 +138,84 @@ def relative():
 
 def sums(combine, packed):
     x, before = tokens_of((2, TOKENS, 3), (2, 3))
-    return functools.partial(running, combine=combine), dict(x=x, before=before) | packed * dict(segments=documents())
+    arrays = dict(x=x, before=before)
+    return functools.partial(running, combine=combine), arrays | (dict(segments=documents()) if packed else {})
 
 
-def flow_after(arrays):
-    """Flow-Attention that goes on from a state."""
-    _, state = flow_attention(**{n: jnp.asarray(x) for n, x in qkv().items()}, causal=True, return_state=True)
-    return arrays | dict(initial_state=jax.tree.map(np.asarray, state))
+def flow(**options):
+    return functools.partial(flow_attention, causal=True, return_state=True, chunk_size=2, **options)
 
 
-# Ops, and what they are given; by how many devices in the quick tests.
+def flow_after():
+    """Flow-Attention of documents, the first of which goes on from a state."""
+    _, state = flow()(**{name: jnp.asarray(x) for name, x in qkv().items()})
+    arrays = qkv() | dict(initial_state=jax.tree.map(np.asarray, state), segments=documents())
+    return flow(clip=None), arrays
+
+
+def local(block, arrays, **options):
+    return functools.partial(local_attention, block=block, **options), arrays
+
+
+# What gives an op and its arrays; by how many devices in the quick tests.
 OTHERS = {
-    "softmax": (functools.partial(attention, causal=True), lambda: qkv(heads=4), 4),
-    "softmax of documents": (attention, lambda: qkv() | dict(mask=visible()), None),
-    "softmax, noncausal, biased": (attention, lambda: qkv() | dict(bias=tokens_of((1, 2, TOKENS, TOKENS))[0]), None),
-    "window": (functools.partial(local_attention, block=3, window=3), lambda: qkv() | dict(segments=documents()), 8),
-    "window over two devices": (functools.partial(local_attention, block=7, window=6), qkv, None),
-    "blocks": (functools.partial(local_attention, block=2, look_back=2), relative, None),
-    "blocks over devices": (functools.partial(local_attention, block=5), qkv, None),
-    "flow": (functools.partial(flow_attention, causal=True, return_state=True, chunk_size=2), qkv, None),
-    "flow of documents": (
-        functools.partial(flow_attention, causal=True, return_state=True, clip=None, chunk_size=2),
-        lambda: flow_after(qkv() | dict(segments=documents())),
-        None,
-    ),
-    "flow, noncausal": (flow_attention, qkv, None),
-    "linear, noncausal": (linear_attention, qkv, None),
+    "softmax": (lambda: (functools.partial(attention, causal=True), qkv(heads=4)), 4),
+    "softmax of documents": (lambda: (attention, qkv() | dict(mask=visible())), None),
+    "softmax, noncausal": (lambda: (attention, qkv() | dict(bias=tokens_of((1, 2, TOKENS, TOKENS))[0])), None),
+    "window": (lambda: local(3, qkv() | dict(segments=documents()), window=3), 8),
+    "window over two devices": (lambda: local(7, qkv(), window=6), None),
+    "blocks": (lambda: local(2, relative(), look_back=2), None),
+    "blocks over devices": (lambda: local(5, qkv()), None),
+    "flow": (lambda: (flow(), qkv()), None),
+    "flow of documents": (flow_after, None),
+    "flow, noncausal": (lambda: (flow_attention, qkv()), None),
+    "linear, noncausal": (lambda: (linear_attention, qkv()), None),
+    "convolution of one": (lambda: convolution(1), None),
+    "convolution of two": (lambda: convolution(2), None),
+    "convolution": (lambda: convolution(4), 8),
+    "convolution from nothing": (lambda: convolution(4, False, False), None),
+    "sums": (lambda: sums(jnp.add, False), None),
+    "sums of documents": (lambda: sums(jnp.add, True), None),
+    "logarithms of sums": (lambda: sums(jnp.logaddexp, True), None),
 }
-OTHERS |= {f"convolution {w}": (convolution(w)[0], lambda w=w: convolution(w)[1], 4 * (w == 4)) for w in (1, 2, 4)}
-OTHERS["convolution from nothing"] = (convolution(4)[0], lambda: convolution(4, False, False)[1], None)
-OTHERS |= {f"sums {p}": (sums(jnp.add, p)[0], lambda p=p: sums(jnp.add, p)[1], None) for p in (False, True)}
-OTHERS["logarithms"] = (sums(jnp.logaddexp, True)[0], lambda: sums(jnp.logaddexp, True)[1], None)
 
 
 @pytest.mark.parametrize(
     "name, size",
     [
         (name, size) if size == quick else pytest.param(name, size, marks=pytest.mark.slow)
-        for name, (*_, quick) in OTHERS.items()
+        for name, (_, quick) in OTHERS.items()
         for size in (2, 4, 8)
     ],
 )
 def test_other_ops_over_devices(name, size):
-    run, arrays, _ = OTHERS[name]
-    same(run, arrays(), mesh_of(size))
+    run, arrays = OTHERS[name][0]()
+    same(run, arrays, mesh_of(size))
+
+
+MEMORIES = {
+    "moneta": (moneta(), dict(chunk_size=4), False, 2),
+    "yaad": (yaad(), dict(chunk_size=3), True, 4),
+    "memora": (memora(), dict(chunk_size=4), True, 2),
+    "momentum": (MemoryRule("matrix", "l2", "decay", "momentum"), dict(chunk_size=3), True, 8),
+}
+
+
+@pytest.mark.parametrize("name", [n if n == "momentum" else pytest.param(n, marks=pytest.mark.slow) for n in MEMORIES])
+def test_memories_device_by_device(name):
+    """Devices that divide chunks, documents that begin within them, a state before the first token."""
+    rule, options, packed, size = MEMORIES[name]
+    arrays, gates = memories.operands(rule, TOKENS)
+    arrays = arrays | gates
+    if packed:
+        other = jax.tree.map(lambda w: jnp.asarray(1.1 * w), arrays["weights"])
+        state = initial_memory(other, rule=rule, batch=2)
+        state = jax.tree.map(np.asarray, state)._asdict()
+        arrays |= dict(segments=documents(), position=state.pop("position"), state=state)
+
+    def run(position=None, state=None, **arrays):
+        before = None if state is None else MemoryState(**state, position=position)
+        out, after = miras(rule=rule, return_state=True, initial_state=before, **arrays, **options)
+        return out, (after.running, after.velocity)
+
+    same_in_float64(run, arrays, mesh_of(size))
