@@ -45,12 +45,25 @@ MODELS = {
 }
 
 
+LANGUAGE_MODELS = [name for name, fields in MODELS.items() if "mlp_hidden" in fields or name.startswith("routing")]
+
+
+class Nothing:
+    """A source of no examples."""
+
+    def __len__(self):
+        return 0
+
+    def __getitem__(self, index):
+        raise IndexError(index)
+
+
 def dataset_of(name):
     """A data set without examples, of the kind that the model is for."""
     model = zoo.create_model(name, **MODELS[name])
     if not isinstance(model, ImageModel):
         source = SOURCE if "seq2seq" in name else None
-        return SequenceSet("rows", None, "", VOCABULARY, LENGTH, align=8, packed=True, source_length=source)
+        return SequenceSet("rows", Nothing(), "", VOCABULARY, LENGTH, align=8, packed=True, source_length=source)
     side = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
     shape, classes = (*side, model.in_chans), 8
     fields = dict(name="pictures", fingerprint="", num_classes=classes, label_names=tuple("abcdefgh"))

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 
 from kernels.dense import attention
 from kernels.flow import flow_attention
+from kernels.gated_linear import gated_linear_attention
 from kernels.linear import linear_attention
 from kernels.local import local_attention
 from kernels.memory import MemoryRule, MemoryState, initial_memory, memora, miras, moneta, yaad
@@ -201,7 +202,8 @@ MEMORIES = {
 }
 
 
-@pytest.mark.parametrize("name", [n if n == "momentum" else pytest.param(n, marks=pytest.mark.slow) for n in MEMORIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEMORIES)
 def test_memories_device_by_device(name):
     """Devices that divide chunks, documents that begin within them, a state before the first token."""
     rule, options, packed, size = MEMORIES[name]
@@ -219,3 +221,30 @@ def test_memories_device_by_device(name):
         return out, (after.running, after.velocity)
 
     same_in_float64(run, arrays, mesh_of(size))
+
+
+def test_tokens_that_do_not_divide_and_single_tokens():
+    query, key, value = tokens_of((1, 10, 2, 4), (1, 10, 2, 4), (1, 10, 2, 4))
+    with jax.set_mesh(mesh_of(4)):
+        with pytest.raises(ValueError, match="10 tokens do not divide over the 4 devices .* sequence; 8 or 12 would"):
+            jax.jit(gated_linear_attention)(query, key, value)
+        step = jax.jit(gated_linear_attention)(query[:, :1], key[:, :1], value[:, :1])
+    np.testing.assert_allclose(step, 0.5 * (query * key).sum(-1, keepdims=True)[:, :1] * value[:, :1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_batch_and_heads_over_devices_beside_the_tokens():
+    for data, tensor in ((2, 2), (4, 1), (1, 4)):
+        # Two rows and two heads do not divide over four devices: those stay whole.
+        run, arrays = recurrence("gated delta", True)
+        same(run, arrays, mesh_of(2, data, tensor))
+
+
+def test_weights_are_asked_for_on_any_mesh():
+    arrays = {name: jnp.asarray(x) for name, x in qkv().items()}
+    op = jax.jit(functools.partial(gated_linear_attention, return_weights=True))
+    expected = op(**arrays)
+    with jax.set_mesh(mesh_of(4)):
+        found = jax.jit(functools.partial(gated_linear_attention, return_weights=True))(**arrays)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
