@@ -114,6 +114,7 @@ def build(
     """
     mesh = planned or sharding.make_mesh(dict(config.mesh), devices)
     sharding.check_batch("config.data.batch_size", config.data.batch_size, mesh, config.accum_steps)
+    _check_tokens(dataset, mesh)
     model = build_model(config, dataset)
     replicated = NamedSharding(mesh, PartitionSpec())
     task = tasks.make(config, model, dataset, planned=planned is not None)
@@ -149,7 +150,8 @@ def build(
         init=jax.jit(traced(init), out_shardings=places),
         train_step=jax.jit(
             traced(train_step),
-            in_shardings=(places, rows, replicated, replicated),
+            # Of sequences, what has tokens lies as `sharding.place_batch` puts it, what has none as rows.
+            in_shardings=(places, rows if mesh.shape["sequence"] == 1 else None, replicated, replicated),
             out_shardings=(places, replicated),
             donate_argnums=0,
         ),
@@ -157,6 +159,15 @@ def build(
         rows=rows,
         replicated=replicated,
     )
+
+
+def _check_tokens(dataset: Dataset | SequenceSet, mesh: Mesh | AbstractMesh) -> None:
+    """Raises `ValueError` for data whose rows do not split along the tokens as the mesh asks."""
+    if not isinstance(dataset, SequenceSet):
+        return sharding.check_tokens(f"the {dataset.name}", None, mesh)
+    sharding.check_tokens("tokens (config.data.length)", dataset.length, mesh)
+    if dataset.source_length is not None:
+        sharding.check_tokens("tokens of a source", dataset.source_length, mesh)
 
 
 def _traced(precision: str, mesh: Mesh | AbstractMesh, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
+SEQUENCE_AXIS = "sequence"
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
@@ -128,8 +129,33 @@ def check_batch(name: str, batch_size: int, mesh: Mesh | AbstractMesh, parts: in
         )
 
 
+def check_tokens(name: str, length: int | None, mesh: Mesh) -> None:
+    """Raises `ValueError` if rows of so many tokens (None: of no tokens at all) do not split along `sequence`."""
+    ways = mesh.shape[SEQUENCE_AXIS]
+    if ways > 1 and length is None:
+        raise ValueError(
+            f"config.mesh.sequence = {ways} divides the tokens of a row, and {name} has no such rows; set it to 1 and "
+            "let config.mesh.data, fsdp or tensor take the devices"
+        )
+    if ways > 1 and length % ways:
+        near = " or ".join(str(n * ways) for n in (length // ways, length // ways + 1) if n)
+        raise ValueError(
+            f"{length} {name} do not divide over config.mesh.sequence = {ways} devices; the nearest that do: {near}"
+        )
+
+
 def place_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This process's rows of a global batch, put on its devices."""
+    """This process's rows of a global batch, put on its devices; what has tokens is also split along `sequence`.
+
+    The targets of a row are its tokens shifted by one: they come so from the data, and none is missing at a split.
+    """
+    # Images are not: a mesh with such an axis is for sequences, see `check_tokens`.
+    tokens = sharding
+    if sharding.mesh.shape[SEQUENCE_AXIS] > 1:
+        tokens = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, SEQUENCE_AXIS))
     # With several processes jax takes this for an implicit transfer.
     with jax.transfer_guard("allow"):
-        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+        return {
+            name: jax.make_array_from_process_local_data(tokens if rows.ndim > 1 else sharding, rows)
+            for name, rows in batch.items()
+        }

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 import zoo
+from kernels.dense import accumulator_dtype
 from train.distill import distillation_loss
 from train.face_set import FaceSet
 from train.mixing import mixup_cutmix, normalize, one_hot_smooth, random_erase
@@ -105,7 +106,7 @@ class Classify:
         return {}
 
     def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
-        images = normalize(batch["image"], self.mean, self.std)
+        images = normalize(batch["image"], self.mean, self.std, accumulator_dtype(self.dtype))
         if self.erase_mode is not None:
             images = random_erase(images, batch["erase_box"], batch["erase_seed"], self.erase_mode)
         targets = one_hot_smooth(batch["label"], self.num_classes, self.label_smoothing)
@@ -125,7 +126,7 @@ class Classify:
         heads, state = model.apply(
             variables, batch["image"], train=True, rngs={"dropout": key}, mutable=["batch_stats"]
         )
-        heads = jax.tree.map(lambda logits: logits.astype(jnp.float32), heads)
+        heads = jax.tree.map(lambda logits: logits.astype(accumulator_dtype(logits.dtype)), heads)
         losses = self.losses(heads, batch)
         loss = losses[0] if len(losses) == 1 else model.apply(variables, losses, method="join_losses")
         logits = sum(heads) / len(heads) if isinstance(heads, tuple) else heads
@@ -137,7 +138,7 @@ class Classify:
         return [optax.softmax_cross_entropy(logits, batch["target"]).mean() for logits in jax.tree.leaves(heads)]
 
     def evaluate(self, model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
-        images = normalize(batch["image"], self.mean, self.std).astype(self.dtype)
+        images = normalize(batch["image"], self.mean, self.std, self.dtype)
         logits = model.apply(variables, images).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         # Rank by how many classes score higher: ties count against nobody's favour and need no sort.
