@@ -173,11 +173,13 @@ def _check_tokens(dataset: Dataset | SequenceSet, mesh: Mesh | AbstractMesh) -> 
 def _traced(precision: str, mesh: Mesh | AbstractMesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, traced with this precision for matrix products of float32, and with its kernels over the mesh."""
 
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+
     def traced(*args):
         with (
             jax.default_matmul_precision(precision),
             jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
-            only_for(mesh.devices.flat[0].platform),
+            only_for(device.platform),
         ):
             return function(*args)
 
