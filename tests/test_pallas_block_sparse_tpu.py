@@ -49,7 +49,7 @@ def check(found):
     for kernels, moved, edges in found:
         assert kernels == ["forward", "gradient"]
         # Operands are read twice, and at the edge of the program XLA copies each into the layout of the kernels and
-        # back. The XLA form moves up to 240 times the edges.
+        # back, which makes about four times the edges.
         assert moved < 8 * edges
 
 
