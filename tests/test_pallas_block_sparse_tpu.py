@@ -48,8 +48,9 @@ def compile_bilevel(topologies, stages, batch, dtypes, soft):
 def check(found):
     for kernels, moved, edges in found:
         assert kernels == ["forward", "gradient"]
-        # Operands are read twice, and each is copied once at the edge of the program, whose layouts XLA chose.
-        assert moved < 4 * edges
+        # Operands are read twice, and at the edge of the program XLA copies each into the layout of the kernels and
+        # back, which makes about four times the edges.
+        assert moved < 8 * edges
 
 
 def test_a_small_map_compiles_for_a_tpu():
