@@ -100,14 +100,14 @@ def table(meta: dict[str, Any], rows: Sequence[Row], crossovers: Sequence[Crosso
         lines += ["Against softmax attention, by length", "-" * WIDTH]
         lines += [line for crossover in crossovers for line in _told(crossover)]
         lines.append("")
-    return "\n".join(lines + _legend(meta))
+    return "\n".join(lines + _legend(meta, any(row.status == "estimate" for row in rows)))
 
 
 def _told(crossover: Crossover) -> list[str]:
     return textwrap.wrap(str(crossover), WIDTH, initial_indent="  ", subsequent_indent="    ")
 
 
-def _legend(meta: dict[str, Any]) -> list[str]:
+def _legend(meta: dict[str, Any], estimated: bool) -> list[str]:
     told = [
         (
             "ms",
@@ -123,6 +123,8 @@ def _legend(meta: dict[str, Any]) -> list[str]:
         ("memory", "operands, results and temporaries, as the compiler planned them"),
         ("error", f"largest difference from float64 by the largest value; {meta['error_bounds']} may be"),
     ]
+    if estimated:
+        told.insert(1, ("~", "an estimate, from the FLOPs and bytes of a program that was compiled and has not run"))
     width = max(len(name) for name, _ in told)
     return [
         line
