@@ -120,9 +120,11 @@ def blocks(g: Geometry, itemsize: int, bias: bool, *, backward: bool) -> Blocks:
 
     while maps > unit and of(maps).vmem > VMEM // 4:
         maps -= unit
-    if of(maps).vmem > VMEM and (not g.grid or g.height % g.window[0] == 0):
+    if of(maps).vmem > VMEM // 2 and (not g.grid or g.height % g.window[0] == 0):
         row = dataclasses.replace(g, batch=g.batch * g.rows, height=g.window[0])
-        return _vmem(row, g, 1, True, itemsize, bias, backward)
+        by_rows = _vmem(row, g, 1, True, itemsize, bias, backward)
+        if by_rows.vmem < of(maps).vmem:
+            return by_rows
     shape = dict(tokens=tuning.bucket(g.tokens), channels=g.channels, backward=backward)
     return of(tuning.blocks("window", "tpu", {"maps": maps}, **shape)["maps"])
 
