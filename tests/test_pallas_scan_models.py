@@ -19,7 +19,7 @@ TOKENS = rows(length=40, vocabulary=VOCABULARY)
 
 @functools.cache
 def logits(pattern, implementation):
-    model = small(pattern, length=40, depth=1, implementation=implementation)
+    model = small(pattern, length=40, implementation=implementation)
     with compat.interpret():
         return np.asarray(jax.jit(model.apply)(random_variables(model), TOKENS))
 
