@@ -63,7 +63,8 @@ def dataset_of(name):
     model = zoo.create_model(name, **MODELS[name])
     if not isinstance(model, ImageModel):
         source = SOURCE if "seq2seq" in name else None
-        return SequenceSet("rows", Nothing(), "", VOCABULARY, LENGTH, align=8, packed=True, source_length=source)
+        packed = not ("seq2seq" in name or "image" in name)
+        return SequenceSet("rows", Nothing(), "", VOCABULARY, LENGTH, align=8, packed=packed, source_length=source)
     side = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
     shape, classes = (*side, model.in_chans), 8
     fields = dict(name="pictures", fingerprint="", num_classes=classes, label_names=tuple("abcdefgh"))
