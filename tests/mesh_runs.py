@@ -106,6 +106,8 @@ def built(name, dtype="float32", **mesh):
         "total_steps": 20,
         "optim.weight_decay": 0.1,
     }
+    # Of a bias before a normalisation, whose gradient is nothing but rounding, a smaller epsilon would make steps.
+    words |= {"optim.eps": 1e-6}
     words |= {f"model.overrides.{field}": value for field, value in MODELS[name].items()}
     words |= {f"mesh.{axis}": size for axis, size in {"data": 1, **mesh}.items()}
     if not isinstance(dataset, SequenceSet):
