@@ -39,7 +39,7 @@ MODELS = {
     "yaad_h_nano": dict(LANGUAGE, **MEMORY),
     "memora_nano": dict(LANGUAGE, **MEMORY),
     "routing_transformer_nano": dict(ROUTING, hidden=16),
-    "routing_transformer_image_nano": dict(ROUTING, hidden=16, image_size=(8, 4)),
+    "routing_transformer_image_nano": dict(ROUTING, hidden=16, image_size=(8, 4), length=LENGTH),
     "routing_transformer_seq2seq_nano": dict(ROUTING, hidden=16, encoder_depth=1),
     "routing_transformer_lucidrains_nano": dict(width=16, depth=1, head_dim=8, num_heads=2, local_heads=1, window=8),
 }
