@@ -39,7 +39,7 @@ MODELS = {
     "yaad_h_nano": dict(LANGUAGE, **MEMORY),
     "memora_nano": dict(LANGUAGE, **MEMORY),
     "routing_transformer_nano": dict(ROUTING, hidden=16),
-    "routing_transformer_image_nano": dict(ROUTING, hidden=16, image_size=(8, 4)),
+    "routing_transformer_image_nano": dict(ROUTING, hidden=16, image_size=(8, 4), length=LENGTH),
     "routing_transformer_seq2seq_nano": dict(ROUTING, hidden=16, encoder_depth=1),
     "routing_transformer_lucidrains_nano": dict(width=16, depth=1, head_dim=8, num_heads=2, local_heads=1, window=8),
 }
@@ -63,7 +63,8 @@ def dataset_of(name):
     model = zoo.create_model(name, **MODELS[name])
     if not isinstance(model, ImageModel):
         source = SOURCE if "seq2seq" in name else None
-        return SequenceSet("rows", Nothing(), "", VOCABULARY, LENGTH, align=8, packed=True, source_length=source)
+        packed = not ("seq2seq" in name or "image" in name)
+        return SequenceSet("rows", Nothing(), "", VOCABULARY, LENGTH, align=8, packed=packed, source_length=source)
     side = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
     shape, classes = (*side, model.in_chans), 8
     fields = dict(name="pictures", fingerprint="", num_classes=classes, label_names=tuple("abcdefgh"))
@@ -105,6 +106,8 @@ def built(name, dtype="float32", **mesh):
         "total_steps": 20,
         "optim.weight_decay": 0.1,
     }
+    # Of a bias before a normalisation, whose gradient is nothing but rounding, a smaller epsilon would make steps.
+    words |= {"optim.eps": 1e-6}
     words |= {f"model.overrides.{field}": value for field, value in MODELS[name].items()}
     words |= {f"mesh.{axis}": size for axis, size in {"data": 1, **mesh}.items()}
     if not isinstance(dataset, SequenceSet):

@@ -137,9 +137,15 @@ def build(
     abstract = jax.eval_shape(init)
     places = sharding.state_shardings(abstract, family.sharding_rules, mesh)
     rows = sharding.batch_sharding(mesh)
-    train_step = step.make_train_step(model, optimizer, schedule, accum_steps=config.accum_steps, ema_decay=config.ema)
     if planned is not None:
         task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), task)
+    gathered = functools.partial(sharding.gathered, places=step.trained(places.params, places.task))
+    options = dict(accum_steps=config.accum_steps, ema_decay=config.ema, gathered=gathered)
+    train_step = step.make_train_step(model, optimizer, schedule, **options)
+
+    def eval_step(variables, batch):
+        return task.evaluate(model, {**variables, "params": gathered(variables["params"])}, batch)
+
     return Program(
         model=model,
         task=task,
@@ -155,7 +161,7 @@ def build(
             out_shardings=(places, replicated),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(traced(functools.partial(task.evaluate, model)), out_shardings=replicated),
+        eval_step=jax.jit(traced(eval_step), out_shardings=replicated),
         rows=rows,
         replicated=replicated,
     )

@@ -111,6 +111,27 @@ def state_shardings(state: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
+def gathered(params: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
+    """The parameters as they are used, whole along `fsdp`, on a mesh where `tensor` divides them too; else as they are.
+
+    With batches along `data` and `fsdp`, kernels along `fsdp` and `tensor` and all three axes larger than 1, XLA's
+    partitioner made wrong products of some linear layers (jax 0.10.2): here it is left no choice.
+
+    Args:
+        params: parameters by name.
+        places: shardings of these parameters, perhaps of others too.
+    """
+    places = {name: places[name] for name in params}
+    shape = jax.tree.leaves(places)[0].mesh.shape
+    if min(shape["fsdp"], shape["tensor"]) == 1:
+        return params
+
+    def used(place):
+        return NamedSharding(place.mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in place.spec)))
+
+    return jax.lax.with_sharding_constraint(params, jax.tree.map(used, places))
+
+
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Batches are split along their first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
