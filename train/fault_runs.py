@@ -307,10 +307,9 @@ def starved(place: pathlib.Path, kind: str) -> dict[str, Any]:
         steps.unlink()
         aside.rename(steps)
     found = orbax_dir.list_steps(steps)
-    text = child.said()
-    # The libraries in between may have said things of their own before.
-    last = text.splitlines()[-1]
-    named = last.startswith("error: ") and ("saving step" in last or "cannot write" in last)
+    # The libraries in between say things of their own, before it and at the interpreter's end.
+    errors = [line for line in child.said().splitlines() if line.startswith("error: ")]
+    named = len(errors) == 1 and ("saving step" in errors[0] or "cannot write" in errors[0])
     again = Child(child.workdir, **settings, total_steps=max(found) + 3, name="again")
     return dict(
         code=code,
