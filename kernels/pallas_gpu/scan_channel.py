@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from kernels import tuning
 from kernels.pallas_gpu import scan
-from kernels.pallas_gpu.tiles import CHUNK, dot, dot_parts, indices, launch, loop, parts, width, zeros
+from kernels.pallas_gpu.tiles import CHUNK, dot, dot_parts, indices, launch, loop, parts, warps, width, zeros
 from kernels.scan_plan import backward_flops, transcendentals
 
 LEVELS = CHUNK.bit_length() - 1
@@ -48,7 +48,7 @@ def _prepare(query, key, log_decay, *, scale: float):
     batch, tokens, heads, channels = query.shape
     chunks = tokens // CHUNK
     (keys, _), (square, _) = scan.specs(channels), scan.specs(CHUNK)
-    size = tuning.blocks("scan_weights", "gpu", dict(narrow=32, warps=8, stages=1), channels=channels)
+    size = tuning.blocks("scan_weights", "gpu", dict(narrow=16, warps=warps(query.dtype), stages=1), channels=channels)
     return launch(
         functools.partial(_prepare_body, scale=scale, narrow=size.pop("narrow")),
         "scan_channel_weights",
@@ -109,7 +109,7 @@ def backward(query, key, value, log_decay, states, d_out, d_final, *, scale: flo
     )
     batch, tokens, heads, channels = query.shape
     values, chunks = value.shape[-1], tokens // CHUNK
-    default = dict(narrow=16, wide=32, warps=4, stages=2)
+    default = dict(narrow=16, wide=32, warps=warps(query.dtype), stages=2)
     size = tuning.blocks("scan_gradients", "gpu", default, kind="channel", channels=channels, values=values)
     depth, span = width(channels, query.dtype, size.pop("narrow")), width(values, query.dtype, size.pop("wide"))
     keys = pl.BlockSpec((None, CHUNK, None, depth), lambda d, c, h, b: (b, c, h, d))
