@@ -74,7 +74,7 @@ def scan_chunks(
     body = jax.checkpoint(body, prevent_cse=False)
     state, out = jax.lax.scan(body, state, jax.tree.map(lambda x: _in_chunks(x, length), arrays))
     out = out.transpose(1, 0, 3, 2, 4)
-    return state, out.reshape(out.shape[0], -1, *out.shape[3:])[:, :tokens]
+    return state, out.reshape(out.shape[0], out.shape[1] * length, *out.shape[3:])[:, :tokens]
 
 
 def one_chunk(x):
@@ -89,7 +89,8 @@ def _power_of_two(size: int) -> int:
 def _in_chunks(x, length: int):
     """`(chunks, B, H, C, ...)`, the last chunk filled with zeros."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % length)) + ((0, 0),) * (x.ndim - 2))
-    return x.reshape(x.shape[0], -1, length, *x.shape[2:]).swapaxes(0, 1).swapaxes(2, 3)
+    chunks = x.shape[1] // length
+    return x.reshape(x.shape[0], chunks, length, *x.shape[2:]).swapaxes(0, 1).swapaxes(2, 3)
 
 
 def _one_by_one(token):
@@ -198,7 +199,7 @@ def _decayed(query, key, levels):
 
 
 def _blocks(x, size: int):
-    return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
+    return x.reshape(*x.shape[:-2], x.shape[-2] // (2 * size), 2, size, x.shape[-1])
 
 
 def _first(x, size: int):

@@ -99,7 +99,7 @@ def delta_rule(
         form: `"chunk"`: matmuls and a triangular system within chunks, states from chunk to chunk, time and memory
             linear in N. `"recurrent"`: one token after the other. `"parallel"`: one system of all N tokens.
         chunk_size: tokens per chunk, rounded up to a power of two; the backward pass keeps one state per chunk, also
-            in the recurrent form. The parallel form has no use for it.
+            in the recurrent form. The parallel form has no use for it, and kernels have chunks of their own.
         initial_state: `(B, H, D, E)`, before the first token; None means zeros. With N = 1 this is a decoding step.
         return_state: also return the state after the last token.
         segments: ids of the documents packed into a row, `(B, N)`. A token sees those of its own run of equal ids;

@@ -88,10 +88,9 @@ def _causal(
     value = jnp.concatenate((value.astype(acc), jnp.ones((batch, tokens, heads, 1), acc)), -1)
     unused = 0
     if kernel is not None:
-        # A kernel sums up in float32 what may be products of 16 bits, and takes some numbers of channels only.
+        # The normaliser's gradient is a small difference: features stay in float32 for kernels too.
         unused = -value.shape[-1] % KERNEL_CHANNELS
         value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, unused)))
-        query, key, value = (x.astype(dtype) for x in (query, key, value))
     before, sums = jnp.zeros(batch, acc), None
     if state is not None:
         wanted = (batch, heads, features, values)
@@ -112,7 +111,7 @@ def _causal(
         )
     # Tokens of its document that each token sees, itself among them.
     counts = running(jnp.ones((batch, tokens, 1), acc), before[:, None], segments)[..., 0]
-    out, normalizer = (x.astype(acc) for x in (out[..., :values], out[..., values : values + 1]))
+    out, normalizer = out[..., :values], out[..., values : values + 1]
     if epsilon is not None:
         seen = counts[:, :, None, None]
         factor = 1 / (normalizer / seen + epsilon) / seen
@@ -142,10 +141,9 @@ def _with_kernel(gated: Implementation) -> Implementation:
         if not causal:
             return "causal=False is two products and no recurrence; use implementation='xla'"
         acc = accumulator_dtype(value.dtype)
-        mapped = (jax.eval_shape(feature_map, jax.ShapeDtypeStruct(x.shape, acc)) for x in (query, key))
-        query, key = (jax.ShapeDtypeStruct(x.shape, value.dtype) for x in mapped)
+        query, key = (jax.eval_shape(feature_map, jax.ShapeDtypeStruct(x.shape, acc)) for x in (query, key))
         channels = -(-(value.shape[-1] + 1) // KERNEL_CHANNELS) * KERNEL_CHANNELS
-        value = jax.ShapeDtypeStruct((*value.shape[:3], channels), value.dtype)
+        value = jax.ShapeDtypeStruct((*value.shape[:3], channels), acc)
         return gated.unsupported(query, key, value, None, None, segments, **options)
 
     return Implementation(gated.name, run, unsupported, platforms=gated.platforms, batched=(True,) * 5)
@@ -196,7 +194,7 @@ def linear_attention(
             linear in N. `"recurrent"`: one token after the other. `"parallel"`: all N x N pairs at once.
             Noncausal attention has one form only and no use for this and `chunk_size`.
         chunk_size: tokens per chunk, rounded up to a power of two; the backward pass keeps one state per chunk, also
-            in the recurrent form. The parallel form has no use for it.
+            in the recurrent form. The parallel form has no use for it, and kernels have chunks of their own.
         initial_state: before the first token, of causal attention; None means zeros. With N = 1 this is a decoding
             step.
         return_state: also return the state after the last token, of causal attention.
@@ -210,8 +208,6 @@ def linear_attention(
         run, then with `return_weights` the weights `(B, H, N, M)`, in float32 (float64 for float64), without what
         came from `initial_state`. With a normaliser of size z a row of them sums to z / (z + epsilon). Feature
         maps, sums and normaliser are float32 (float64 for float64 values).
-
-        A kernel rounds feature maps to bfloat16 where values are.
 
     Raises:
         ValueError: for shapes that do not fit, an unknown feature map or form, a negative epsilon, a chunk size below

@@ -61,7 +61,9 @@ class Backend:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
+    """What is static of a call."""
+
     backend: Backend
     kind: str
     chunk: int
@@ -150,7 +152,7 @@ def _run(query, key, value, beta, log_decay, initial_state, segments, *, backend
         padded(log_decay, jnp.float32),
         None if initial_state is None else initial_state.astype(jnp.float32),
     )
-    out, state = recurrence(_Call(backend, kind, chunk, float(scale)), *compat.match_varying(*operands))
+    out, state = recurrence(Call(backend, kind, chunk, float(scale)), *compat.match_varying(*operands))
     out = out[:, :tokens].astype(value.dtype)
     return (out, state) if return_state else out
 
@@ -171,7 +173,7 @@ def _bounded(log_decay, segments, shape):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recurrence(call: _Call, query, key, value, beta, log_decay, initial_state):
+def recurrence(call: Call, query, key, value, beta, log_decay, initial_state):
     """Output and final state of a backend's recurrence; its gradient keeps the operands and the chunks' states."""
     return _forward(call, query, key, value, beta, log_decay, initial_state, keep=False)[:2]
 

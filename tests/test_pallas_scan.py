@@ -12,6 +12,7 @@ from kernels import compat
 from kernels.delta import delta_rule
 from kernels.dispatch import record_choices
 from kernels.gated_linear import gated_linear_attention
+from kernels.linear import LinearState
 from kernels.scan_plan import FLOOR, decay_sums
 from tests.recurrences import OPS
 from tests.test_linear_recurrences import assert_close
@@ -36,7 +37,8 @@ def jitted(kind, implementation, gradient=False):
 
     def run(arrays, state, segments):
         if implementation is None:
-            return op.plain(arrays, jnp.zeros(()) if state is None else state, segments)
+            out, last = op.plain(arrays, state, segments)
+            return out, LinearState(*last) if isinstance(state, LinearState) else last
         options = dict(initial_state=state, segments=segments, return_state=True, implementation=implementation)
         return op(arrays, **options)
 
@@ -60,8 +62,8 @@ def operands(kind, tokens, channels=16, values=16, batch=1, heads=1, seed=0, dty
     arrays, state = op.operands(rng, tokens, channels, values, **sizes), op.state(rng, channels, values, **sizes)
     wide = {name: jnp.asarray(arrays[name], dtype) for name in ("query", "key", "value")}
     arrays = {name: jnp.asarray(x) for name, x in arrays.items()} | wide
-    directions = jnp.asarray(rng.standard_normal(wide["value"].shape), dtype), jnp.asarray(state[::-1])
-    return arrays, jnp.asarray(state), directions
+    directions = jnp.asarray(rng.standard_normal(wide["value"].shape), dtype), jax.tree.map(lambda x: x[::-1], state)
+    return arrays, *jax.tree.map(jnp.asarray, (state, directions))
 
 
 def float64(tree):
@@ -90,6 +92,16 @@ def test_equals_one_token_after_the_other(kind, implementation):
     arrays, state, directions = operands(kind, SEGMENTS.shape[1], 32, 16)
     found = jitted(kind, implementation, True)(arrays, state, SEGMENTS, directions)
     assert_close(found, in_float64(kind, None, True)(arrays, state, SEGMENTS, directions), 3e-6)
+
+
+@every_implementation
+def test_the_normaliser_comes_along(implementation):
+    """Causal linear attention, whose tokens are counted outside."""
+    arrays, state, directions = operands("normalised", 40, 16, 32)
+    found, gradients = jitted("normalised", implementation, True)(arrays, state, None, directions)
+    expected, exact = in_float64("normalised", None, True)(arrays, state, None, directions)
+    assert_close(found, expected, 3e-6)
+    assert_close((gradients[0], gradients[1][:2]), (exact[0], exact[1][:2]), 3e-6)
 
 
 @pytest.mark.slow

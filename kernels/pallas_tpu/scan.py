@@ -16,14 +16,16 @@ from jax.experimental import pallas as pl
 
 from kernels import compat, scan_plan, tuning
 from kernels.pallas_tpu import scan_channel, scan_delta, scan_scalar
-from kernels.pallas_tpu.scan_parts import Products
+from kernels.pallas_tpu.scan_parts import Products, decay_sums
 
 VMEM_BYTES = 60 * 2**20
 
 
 def chunk_length(kind, tokens, heads, channels, values, dtype) -> int:
     """128 tokens fill the matrix unit; of fewer one chunk is made."""
-    return min(128, max(16, tuning.bucket(tokens)))
+    default = dict(chunk=min(128, max(16, tuning.bucket(tokens))))
+    shape = dict(kind=kind, channels=tuning.bucket(channels), values=tuning.bucket(values), dtype=str(dtype))
+    return tuning.blocks("scan", "tpu", default, **shape, tokens=tuning.bucket(tokens))["chunk"]
 
 
 def unsupported(kind, heads, channels, values, dtype) -> str | None:
@@ -91,8 +93,8 @@ class _Shapes:
         return pl.BlockSpec(shape, lambda b, g, c: (b, g, self.index(c), 0, 0))
 
 
-def _shapes(kind, query, key, value, beta, log_decay, initial_state, **static) -> _Shapes:
-    batch, tokens, heads, channels = key.shape
+def _shapes(kind, query, value, log_decay, **static) -> _Shapes:
+    batch, tokens, heads, channels = query.shape
     values = value.shape[-1]
     return _Shapes(
         kind=kind,
@@ -150,7 +152,7 @@ def _operands(shapes, query, key, value, beta, log_decay):
         return found
     gates = () if beta is None else (beta,)
     if log_decay is not None:
-        gates += scan_plan.decay_sums(log_decay, shapes.chunk)
+        gates += (log_decay,)
     if gates:
         rows = _rows(shapes, gates)
         found["gates"] = (rows, shapes.gates(rows.shape[2]))
@@ -184,7 +186,7 @@ def _call(body, shapes, operands, results, flops, transcendentals):
 
 def forward(kind, query, key, value, beta, log_decay, initial_state, *, chunk, scale, keep):
     """See `kernels.scan_plan`; the states before the chunks are in the dtype of the operands."""
-    shapes = _shapes(kind, query, key, value, beta, log_decay, initial_state, chunk=chunk, scale=scale)
+    shapes = _shapes(kind, query, value, log_decay, chunk=chunk, scale=scale)
     operands = _operands(shapes, query, key, value, beta, log_decay)
     if initial_state is not None:
         operands["initial"] = (initial_state, shapes.state)
@@ -204,7 +206,7 @@ def forward(kind, query, key, value, beta, log_decay, initial_state, *, chunk, s
 
 def backward(kind, query, key, value, beta, log_decay, initial_state, states, d_out, d_final_state, *, chunk, scale):
     """See `kernels.scan_plan`."""
-    shapes = _shapes(kind, query, key, value, beta, log_decay, initial_state, chunk=chunk, scale=scale, backward=True)
+    shapes = _shapes(kind, query, value, log_decay, chunk=chunk, scale=scale, backward=True)
     channels, values = shapes.channels, shapes.values
     operands = _operands(shapes, query, key, value, beta, log_decay)
     operands["d_out"] = (_turned(d_out), shapes.wide(values))
@@ -250,15 +252,19 @@ def _gates(refs, shapes):
     if shapes.kind == "channel":
         return [Gates(log_decay=_part(refs["log_decay"], head, shapes.channels)) for head in range(shapes.group)]
 
-    def row(position, head):
-        at = position * shapes.group + head
-        return refs["gates"][0, 0, at : at + 1]
+    if "gates" not in refs:
+        return [Gates()] * shapes.group
+    rows = refs["gates"][0, 0]
+    gates = jnp.split(rows, len(rows) // shapes.group)
+    coarse, fine = decay_sums(gates[-1]) if shapes.decayed else (None, None)
 
-    first = int(shapes.kind == "delta")
+    def row(gates, head):
+        return gates[head : head + 1]
+
     return [
         Gates(
-            sums=(row(first, head), row(first + 1, head)) if shapes.decayed else None,
-            beta=row(0, head) if first else None,
+            sums=(row(coarse, head), row(fine, head)) if shapes.decayed else None,
+            beta=row(gates[0], head) if shapes.kind == "delta" else None,
         )
         for head in range(shapes.group)
     ]

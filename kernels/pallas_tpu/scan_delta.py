@@ -16,8 +16,26 @@ def inverse(product, above):
     found = jnp.where(rows == columns, 1.0, 0.0)
     for size in sizes(chunk):
         level = jnp.where(level_mask(chunk, size), above, 0.0)
-        found -= level if size == 1 else product.precise(found, product.precise(level, found))
+        if size == 1:
+            found -= level
+        elif size < 8:
+            found -= product.precise(found, product.precise(level, found))
+        else:
+            # Rows of second halves are 0, and whole tiles here.
+            change = _with_second_halves(product.precise(_first_halves(level, size), found), size)
+            found -= _with_second_halves(product.precise(_first_halves(found, size), change), size)
     return found
+
+
+def _first_halves(x, size: int):
+    """The rows of the first half of each block of `2 * size`."""
+    return jnp.concatenate([x[start : start + size] for start in range(0, len(x), 2 * size)])
+
+
+def _with_second_halves(x, size: int):
+    """The same rows with second halves of zeros."""
+    zeros = jnp.zeros((size, x.shape[1]), x.dtype)
+    return jnp.concatenate([y for start in range(0, len(x), size) for y in (x[start : start + size], zeros)])
 
 
 class _Chunk:

@@ -87,8 +87,16 @@ class Decay(NamedTuple):
     total: jax.Array | float
 
 
+def decay_sums(log_decay):
+    """As `scan_plan.decay_sums`, of a chunk's log decays `(heads, C)`."""
+    rows, columns = places(log_decay.shape[1], log_decay.shape[1])
+    coarse = jnp.round(log_decay * 1024) / 1024
+    until = (rows <= columns).astype(jnp.float32)
+    return tuple(_product(x, until, NN, jax.lax.Precision.HIGHEST) for x in (coarse, log_decay - coarse))
+
+
 def scalar_decay(chunk: int, sums) -> Decay:
-    """The decay from its sums, a coarse and a fine one `(1, C)`, as in `scan_plan.decay_sums`; or of None."""
+    """The decay from the sums of its logarithm, a coarse and a fine one, `(1, C)`; or where there is none of None."""
     rows, columns = places(chunk, chunk)
     upper = rows <= columns
     if sums is None:
