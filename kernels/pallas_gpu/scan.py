@@ -94,13 +94,12 @@ def _walk(refs, *, chunks, scale, reverse):
         left, right = refs.left[tokens, :], refs.right[tokens, :]
         if refs.factor is not None:
             right = (right * refs.factor[tokens][:, None]).astype(right.dtype)
-        elif scale != 1:
-            right = (right * jnp.float32(scale)).astype(right.dtype)
         if refs.into is not None:
             state = state * refs.into[chunk * CHUNK + CHUNK - 1]
         elif refs.kept is not None:
             state = state * refs.kept[chunk, :][:, None]
-        return state + dot(left, right, trans_a=True)
+        # Not on the operand, which would be rounded once more.
+        return state + dot(left, right, trans_a=True) * (1.0 if refs.factor is not None else scale)
 
     start = jnp.zeros(refs.last.shape, jnp.float32) if refs.start is None else refs.start[...]
     refs.last[...] = jax.lax.fori_loop(0, chunks, step, start)

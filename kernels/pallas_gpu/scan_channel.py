@@ -155,14 +155,17 @@ def _gradients(refs, *, scale, span):
     log_decay = refs.log_decay[...]
 
     def halves(level, sums):
-        d_query, d_key = sums
+        d_query, d_key, upto = sums
         decay, late, pairs = _level(level, log_decay, dtype)
         decayed = (jnp.where(late, refs.query[...], refs.key[...]) * decay).astype(dtype)
         d_pairs = jnp.where(pairs, d_weights, jnp.zeros((), dtype))
-        d_query += dot(d_pairs, decayed) * decay
-        return d_query, d_key + dot(d_pairs, decayed, trans_a=True) * decay
+        d_late, d_early = dot(d_pairs, decayed), dot(d_pairs, decayed, trans_a=True)
+        # From what was multiplied, rounded as it is: so a pair is the same number at both of its tokens.
+        upto += decayed.astype(jnp.float32) * (d_late - d_early)
+        return d_query + d_late * decay, d_key + d_early * decay, upto
 
-    d_query_inside, d_key_inside = jax.lax.fori_loop(0, LEVELS, halves, (tile, tile))
+    # Of each token: what the sum of log decays up to it does.
+    d_query_inside, d_key_inside, upto = jax.lax.fori_loop(0, LEVELS, halves, (tile, tile, tile))
 
     def inner(e, sums):
         d_query, d_key, whole = sums
@@ -177,10 +180,8 @@ def _gradients(refs, *, scale, span):
     d_query *= jnp.exp(_summed(columns <= rows, log_decay, dtype)) * scale
     d_key *= jnp.exp(_summed(columns > rows, log_decay, dtype))
     after = key * d_key
-    d_query += d_query_inside
-    # Of each token: what the sum of log decays up to it does, and what the sum of those after it does.
-    upto = query * d_query - key * d_key_inside
-    refs.d_query[...] = (d_query + itself * key).astype(dtype)
+    upto += query * d_query
+    refs.d_query[...] = (d_query + d_query_inside + itself * key).astype(dtype)
     refs.d_key[...] = (d_key + d_key_inside + itself * query).astype(dtype)
     kept = whole * jnp.exp(jnp.sum(log_decay, axis=0))
     reached = _summed(columns >= rows, upto, dtype) + _summed(columns < rows, after, dtype)

@@ -169,19 +169,21 @@ def _backward_walk(refs, *, chunks, scale):
         )
         if refs.onto is not None:
             d_written = d_written * refs.onto[tokens][:, None]
-        d_written = d_written + refs.d_written[tokens, :].astype(jnp.float32)
+        d_written = d_written + refs.d_written[tokens, :]
         d_missing = dot_parts([refs.inverse[tokens, :]], parts(d_written, dtype, PARTS), trans_a=True)
         refs.d_missing[tokens, :] = d_missing.astype(dtype)
         d_recalled = d_missing * -refs.beta[tokens][:, None]
-        d_out = refs.d_out[tokens, :] * jnp.float32(scale)
+        d_out, factor = refs.d_out[tokens, :], scale
         if refs.into is not None:
-            into = refs.into[tokens][:, None]
-            d_recalled, d_out = d_recalled * into, d_out * into
+            into, factor = refs.into[tokens][:, None], 1.0
+            d_recalled, d_out = d_recalled * into, (d_out * (into * scale)).astype(dtype)
             left = refs.into[chunk * CHUNK + CHUNK - 1]
             states = [state * left for state in states]
-        d_recalled, d_out = d_recalled.astype(dtype), d_out.astype(dtype)
+        d_recalled = d_recalled.astype(dtype)
         return tuple(
-            state + dot(refs.query[tokens, d], d_out, trans_a=True) + dot(refs.key[tokens, d], d_recalled, trans_a=True)
+            state
+            + dot(refs.query[tokens, d], d_out, trans_a=True) * factor
+            + dot(refs.key[tokens, d], d_recalled, trans_a=True)
             for d, state in zip(depths, states)
         )
 
@@ -191,7 +193,7 @@ def _backward_walk(refs, *, chunks, scale):
 
 
 def _written_again(operands, states, d_out, *, scale: float):
-    """What the tokens wrote, and its gradient through the outputs of the chunk, both `(B, N, H, E)`."""
+    """What the tokens wrote, `(B, N, H, E)`, and its gradient through the outputs of the chunk, in float32."""
     query, value = operands["query"], operands["value"]
     batch, tokens, heads, channels = query.shape
     values, chunks = value.shape[-1], tokens // CHUNK
@@ -205,7 +207,7 @@ def _written_again(operands, states, d_out, *, scale: float):
         "scan_delta_written",
         (chunks, heads, batch),
         given,
-        dict(written=(value.shape, value.dtype, wide), d_written=(value.shape, value.dtype, wide)),
+        dict(written=(value.shape, value.dtype, wide), d_written=(value.shape, jnp.float32, wide)),
         flops=batch * heads * chunks * flops,
         transcendentals=batch
         * heads
@@ -220,7 +222,7 @@ def _written_again_body(refs, *, scale):
     weights = scan.chunk_weights(refs, scale)
 
     def block(e, carry):
-        refs.d_written[:, e] = dot(weights, refs.d_out[:, e], trans_a=True).astype(dtype)
+        refs.d_written[:, e] = dot(weights, refs.d_out[:, e], trans_a=True)
         recalled = scan.times_states(refs.key, refs.states, e)
         if refs.into is not None:
             recalled = recalled * refs.into[...][:, None]
