@@ -44,8 +44,8 @@ def lowered(function, *arrays):
 
 
 def gradient(op, arrays, state, directions):
-    _, pull = jax.vjp(lambda arrays, state: op(arrays, initial_state=state, return_state=True), arrays, state)
-    return pull(directions)
+    results, pull = jax.vjp(lambda arrays, state: op(arrays, initial_state=state, return_state=True), arrays, state)
+    return results, pull(directions)
 
 
 @pytest.mark.parametrize(
