@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels import tuning
-from kernels.pallas_gpu.tiles import CHUNK, blocks, decay_matrix, dot, indices, launch, loop, width, zeros
+from kernels.pallas_gpu.tiles import CHUNK, decay_matrix, dot, indices, launch, loop, over, warps, width, zeros
 from kernels.scan_plan import backward_flops, forward_flops, transcendentals
 
 
@@ -57,7 +57,7 @@ def walk(left, right, factor, into, kept, start, *, name: str, scale: float = 1.
     batch, tokens, heads, rows = left.shape
     columns, chunks = right.shape[-1], tokens // CHUNK
     row, column = width(rows, left.dtype), width(columns, left.dtype)
-    size = tuning.blocks("scan_states", "gpu", dict(warps=4, stages=3), rows=rows, columns=columns)
+    size = tuning.blocks("scan_states", "gpu", dict(warps=warps(left.dtype), stages=3), rows=rows, columns=columns)
     grid = (columns // column, rows // row, heads, batch)
     vector = pl.BlockSpec((None, None, tokens), lambda e, d, h, b: (b, h, 0))
     tile = pl.BlockSpec((None, None, row, column), lambda e, d, h, b: (b, h, d, e))
@@ -94,13 +94,12 @@ def _walk(refs, *, chunks, scale, reverse):
         left, right = refs.left[tokens, :], refs.right[tokens, :]
         if refs.factor is not None:
             right = (right * refs.factor[tokens][:, None]).astype(right.dtype)
-        elif scale != 1:
-            right = (right * jnp.float32(scale)).astype(right.dtype)
         if refs.into is not None:
             state = state * refs.into[chunk * CHUNK + CHUNK - 1]
         elif refs.kept is not None:
             state = state * refs.kept[chunk, :][:, None]
-        return state + dot(left, right, trans_a=True)
+        # Not on the operand, which would be rounded once more.
+        return state + dot(left, right, trans_a=True) * (1.0 if refs.factor is not None else scale)
 
     start = jnp.zeros(refs.last.shape, jnp.float32) if refs.start is None else refs.start[...]
     refs.last[...] = jax.lax.fori_loop(0, chunks, step, start)
@@ -129,7 +128,9 @@ def outputs(query, key, weights, value, states, log_decay, into, *, name: str, s
     values, chunks = value.shape[-1], tokens // CHUNK
     (keys, vector), (wide, _), (square, _) = specs(channels), specs(values), specs(CHUNK)
     decayed = transcendentals("scalar", CHUNK, channels, log_decay is not None)
-    size = tuning.blocks("scan_outputs", "gpu", dict(warps=4, stages=1), channels=channels, values=values)
+    size = tuning.blocks(
+        "scan_outputs", "gpu", dict(warps=warps(query.dtype), stages=1), channels=channels, values=values
+    )
     flops = forward_flops("scalar", CHUNK, channels, values) - 2 * CHUNK * channels * values
     (out,) = launch(
         functools.partial(_outputs, scale=scale, transposed=transposed),
@@ -152,28 +153,37 @@ def outputs(query, key, weights, value, states, log_decay, into, *, name: str, s
     return out
 
 
-def weighted(refs):
-    """`query key^T` of the chunk, its decay, and whether a token is not after another."""
+def alike(left, right):
+    """`left right^T` of two operands of a chunk, `(C, C)`."""
+    channels, dtype = left.shape[1], left.dtype
+    return over(channels, dtype, lambda d, sums: sums + dot(left[:, d], right[:, d], trans_b=True), zeros(CHUNK, CHUNK))
+
+
+def times_states(left, states, e):
+    """`left states` of a chunk for a block of the states' columns."""
+    channels, dtype = left.shape[1], left.dtype
+    return over(channels, dtype, lambda d, sums: sums + dot(left[:, d], states[d, e]), zeros(CHUNK, e.size))
+
+
+def chunk_weights(refs, scale):
+    """What each token of a chunk takes from each value, `(C, C)` in the dtype of the operands."""
     rows, columns = indices()
-    products = sum(
-        dot(refs.query[:, d], refs.key[:, d], trans_b=True) for d in blocks(refs.key.shape[1], refs.key.dtype)
-    )
-    seen = columns <= rows
-    return products, seen.astype(jnp.float32) if refs.log_decay is None else decay_matrix(refs.log_decay[...]), seen
+    decay = 1.0 if refs.log_decay is None else decay_matrix(refs.log_decay[...])
+    return jnp.where(columns <= rows, alike(refs.query, refs.key) * decay * scale, 0.0).astype(refs.value.dtype)
 
 
 def _outputs(refs, *, scale, transposed):
     dtype = refs.value.dtype
-    if refs.weights is None:
-        products, decay, seen = weighted(refs)
-        weights = jnp.where(seen, products * decay * scale, 0.0).astype(dtype)
-    else:
-        weights = refs.weights[...]
-    for e in blocks(refs.value.shape[1], dtype):
-        out = sum(dot(refs.query[:, d], refs.states[d, e]) for d in blocks(refs.query.shape[1], dtype)) * scale
+    weights = chunk_weights(refs, scale) if refs.weights is None else refs.weights[...]
+
+    def block(e, carry):
+        out = times_states(refs.query, refs.states, e) * scale
         if refs.into is not None:
             out = out * refs.into[...][:, None]
         refs.out[:, e] = (out + dot(weights, refs.value[:, e], trans_a=transposed)).astype(dtype)
+        return carry
+
+    over(refs.value.shape[1], dtype, block, 0)
 
 
 def forward(query, key, value, log_decay, initial_state, *, scale: float):
@@ -230,7 +240,7 @@ def gradients(operands, states, d_states, d_out, *, name: str, scale: float):
     kind = "delta" if delta else "scalar"
     flops = backward_flops(kind, CHUNK, channels, values) - 2 * CHUNK * channels * values
     # The widest whose sums fit the registers.
-    size = dict(narrow=32, wide=64, warps=4, stages=1) if delta else dict(narrow=64, wide=64, warps=4, stages=2)
+    size = dict(narrow=32, wide=64, warps=warps(query.dtype), stages=1 if delta or query.dtype == jnp.float32 else 2)
     size = tuning.blocks("scan_gradients", "gpu", size, kind=kind, channels=channels, values=values)
     body = functools.partial(_gradients, scale=scale, narrow=size.pop("narrow"), wide=size.pop("wide"))
     made = launch(
@@ -259,7 +269,7 @@ def _gradients(refs, *, scale, narrow, wide):
     decay = decay_matrix(refs.log_decay[...]) if decayed else jnp.where(seen, 1.0, 0.0)
     into, onto = (refs.into[...], refs.onto[...]) if decayed else (vector + 1, vector + 1)
 
-    def alike(left, right):
+    def products_of(left, right):
         return loop(channels, narrow, lambda d, sums: sums + dot(left[:, d], right[:, d], trans_b=True), square)
 
     # Of each token: what the sum of log decays up to it does, and what the sum of those after it does.
@@ -277,12 +287,12 @@ def _gradients(refs, *, scale, narrow, wide):
 
         d_system, d_beta = loop(values, wide, system, (square, vector))
         d_system = jnp.where(columns < rows, d_system * decay, 0.0)
-        moved = d_system * alike(refs.key, refs.key)
+        moved = d_system * products_of(refs.key, refs.key)
         d_beta += jnp.sum(moved, axis=1)
         upto = beta * jnp.sum(moved, axis=1) - jnp.sum(beta[:, None] * moved, axis=0)
         d_system = (d_system * beta[:, None]).astype(dtype)
 
-    products = alike(refs.query, refs.key) * decay * scale
+    products = products_of(refs.query, refs.key) * decay * scale
     d_weights = loop(values, wide, lambda e, sums: sums + dot(refs.d_out[:, e], written[:, e], trans_b=True), square)
     moved = jnp.where(columns < rows, products * d_weights, 0.0)
     upto += jnp.sum(moved, axis=1) - jnp.sum(moved, axis=0)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from kernels import tuning
 from kernels.pallas_gpu import scan
-from kernels.pallas_gpu.tiles import CHUNK, dot, dot_parts, indices, launch, loop, parts, width, zeros
+from kernels.pallas_gpu.tiles import CHUNK, dot, dot_parts, indices, launch, loop, parts, warps, width, zeros
 from kernels.scan_plan import backward_flops, transcendentals
 
 LEVELS = CHUNK.bit_length() - 1
@@ -48,7 +48,7 @@ def _prepare(query, key, log_decay, *, scale: float):
     batch, tokens, heads, channels = query.shape
     chunks = tokens // CHUNK
     (keys, _), (square, _) = scan.specs(channels), scan.specs(CHUNK)
-    size = tuning.blocks("scan_weights", "gpu", dict(narrow=32, warps=8, stages=1), channels=channels)
+    size = tuning.blocks("scan_weights", "gpu", dict(narrow=16, warps=warps(query.dtype), stages=1), channels=channels)
     return launch(
         functools.partial(_prepare_body, scale=scale, narrow=size.pop("narrow")),
         "scan_channel_weights",
@@ -109,7 +109,7 @@ def backward(query, key, value, log_decay, states, d_out, d_final, *, scale: flo
     )
     batch, tokens, heads, channels = query.shape
     values, chunks = value.shape[-1], tokens // CHUNK
-    default = dict(narrow=16, wide=32, warps=4, stages=2)
+    default = dict(narrow=16, wide=32, warps=warps(query.dtype), stages=2)
     size = tuning.blocks("scan_gradients", "gpu", default, kind="channel", channels=channels, values=values)
     depth, span = width(channels, query.dtype, size.pop("narrow")), width(values, query.dtype, size.pop("wide"))
     keys = pl.BlockSpec((None, CHUNK, None, depth), lambda d, c, h, b: (b, c, h, d))
@@ -155,14 +155,17 @@ def _gradients(refs, *, scale, span):
     log_decay = refs.log_decay[...]
 
     def halves(level, sums):
-        d_query, d_key = sums
+        d_query, d_key, upto = sums
         decay, late, pairs = _level(level, log_decay, dtype)
         decayed = (jnp.where(late, refs.query[...], refs.key[...]) * decay).astype(dtype)
         d_pairs = jnp.where(pairs, d_weights, jnp.zeros((), dtype))
-        d_query += dot(d_pairs, decayed) * decay
-        return d_query, d_key + dot(d_pairs, decayed, trans_a=True) * decay
+        d_late, d_early = dot(d_pairs, decayed), dot(d_pairs, decayed, trans_a=True)
+        # From what was multiplied, rounded as it is: so a pair is the same number at both of its tokens.
+        upto += decayed.astype(jnp.float32) * (d_late - d_early)
+        return d_query + d_late * decay, d_key + d_early * decay, upto
 
-    d_query_inside, d_key_inside = jax.lax.fori_loop(0, LEVELS, halves, (tile, tile))
+    # Of each token: what the sum of log decays up to it does.
+    d_query_inside, d_key_inside, upto = jax.lax.fori_loop(0, LEVELS, halves, (tile, tile, tile))
 
     def inner(e, sums):
         d_query, d_key, whole = sums
@@ -177,10 +180,8 @@ def _gradients(refs, *, scale, span):
     d_query *= jnp.exp(_summed(columns <= rows, log_decay, dtype)) * scale
     d_key *= jnp.exp(_summed(columns > rows, log_decay, dtype))
     after = key * d_key
-    d_query += d_query_inside
-    # Of each token: what the sum of log decays up to it does, and what the sum of those after it does.
-    upto = query * d_query - key * d_key_inside
-    refs.d_query[...] = (d_query + itself * key).astype(dtype)
+    upto += query * d_query
+    refs.d_query[...] = (d_query + d_query_inside + itself * key).astype(dtype)
     refs.d_key[...] = (d_key + d_key_inside + itself * query).astype(dtype)
     kept = whole * jnp.exp(jnp.sum(log_decay, axis=0))
     reached = _summed(columns >= rows, upto, dtype) + _summed(columns < rows, after, dtype)

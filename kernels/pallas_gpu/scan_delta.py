@@ -22,7 +22,9 @@ from kernels.pallas_gpu.tiles import (
     dot_parts,
     indices,
     launch,
+    over,
     parts,
+    warps,
 )
 from kernels.scan_plan import transcendentals
 
@@ -43,6 +45,7 @@ def _inverse(key, beta, log_decay):
         dict(inverse=((batch, tokens, heads, CHUNK), key.dtype, square)),
         flops=batch * heads * chunks * CHUNK * CHUNK * (channels + CHUNK // 3),
         transcendentals=batch * heads * chunks * transcendentals("scalar", CHUNK, channels, log_decay is not None),
+        warps=warps(key.dtype),
     )
     return inverse
 
@@ -50,7 +53,7 @@ def _inverse(key, beta, log_decay):
 def _inverse_body(refs):
     dtype = refs.key.dtype
     rows, columns = indices()
-    system = sum(dot(refs.key[:, d], refs.key[:, d], trans_b=True) for d in blocks(refs.key.shape[1], dtype))
+    system = scan.alike(refs.key, refs.key)
     system = jnp.where(columns < rows, system * refs.beta[...][:, None], 0.0)
     if refs.log_decay is not None:
         system = system * decay_matrix(refs.log_decay[...])
@@ -113,6 +116,7 @@ def _walk(operands, wide, vectors, start, *, results, name, body, stages, scale=
             "last": ((batch, heads, channels, values), jnp.float32, tile),
         },
         flops=batch * heads * chunks * pairs,
+        warps=warps(dtype),
         stages=stages,
     )
 
@@ -165,19 +169,21 @@ def _backward_walk(refs, *, chunks, scale):
         )
         if refs.onto is not None:
             d_written = d_written * refs.onto[tokens][:, None]
-        d_written = d_written + refs.d_written[tokens, :].astype(jnp.float32)
+        d_written = d_written + refs.d_written[tokens, :]
         d_missing = dot_parts([refs.inverse[tokens, :]], parts(d_written, dtype, PARTS), trans_a=True)
         refs.d_missing[tokens, :] = d_missing.astype(dtype)
         d_recalled = d_missing * -refs.beta[tokens][:, None]
-        d_out = refs.d_out[tokens, :] * jnp.float32(scale)
+        d_out, factor = refs.d_out[tokens, :], scale
         if refs.into is not None:
-            into = refs.into[tokens][:, None]
-            d_recalled, d_out = d_recalled * into, d_out * into
+            into, factor = refs.into[tokens][:, None], 1.0
+            d_recalled, d_out = d_recalled * into, (d_out * (into * scale)).astype(dtype)
             left = refs.into[chunk * CHUNK + CHUNK - 1]
             states = [state * left for state in states]
-        d_recalled, d_out = d_recalled.astype(dtype), d_out.astype(dtype)
+        d_recalled = d_recalled.astype(dtype)
         return tuple(
-            state + dot(refs.query[tokens, d], d_out, trans_a=True) + dot(refs.key[tokens, d], d_recalled, trans_a=True)
+            state
+            + dot(refs.query[tokens, d], d_out, trans_a=True) * factor
+            + dot(refs.key[tokens, d], d_recalled, trans_a=True)
             for d, state in zip(depths, states)
         )
 
@@ -187,7 +193,7 @@ def _backward_walk(refs, *, chunks, scale):
 
 
 def _written_again(operands, states, d_out, *, scale: float):
-    """What the tokens wrote, and its gradient through the outputs of the chunk, both `(B, N, H, E)`."""
+    """What the tokens wrote, `(B, N, H, E)`, and its gradient through the outputs of the chunk, in float32."""
     query, value = operands["query"], operands["value"]
     batch, tokens, heads, channels = query.shape
     values, chunks = value.shape[-1], tokens // CHUNK
@@ -201,28 +207,30 @@ def _written_again(operands, states, d_out, *, scale: float):
         "scan_delta_written",
         (chunks, heads, batch),
         given,
-        dict(written=(value.shape, value.dtype, wide), d_written=(value.shape, value.dtype, wide)),
+        dict(written=(value.shape, value.dtype, wide), d_written=(value.shape, jnp.float32, wide)),
         flops=batch * heads * chunks * flops,
         transcendentals=batch
         * heads
         * chunks
         * transcendentals("scalar", CHUNK, channels, operands["log_decay"] is not None),
+        warps=warps(query.dtype),
     )
 
 
 def _written_again_body(refs, *, scale):
     dtype = refs.key.dtype
-    depths = blocks(refs.key.shape[1], dtype)
-    products, decay, seen = scan.weighted(refs)
-    weights = jnp.where(seen, products * decay * scale, 0.0).astype(dtype)
-    for e in blocks(refs.value.shape[1], dtype):
-        refs.d_written[:, e] = dot(weights, refs.d_out[:, e], trans_a=True).astype(dtype)
-        recalled = sum(dot(refs.key[:, d], refs.states[d, e]) for d in depths)
+    weights = scan.chunk_weights(refs, scale)
+
+    def block(e, carry):
+        refs.d_written[:, e] = dot(weights, refs.d_out[:, e], trans_a=True)
+        recalled = scan.times_states(refs.key, refs.states, e)
         if refs.into is not None:
             recalled = recalled * refs.into[...][:, None]
         missing = (refs.value[:, e].astype(jnp.float32) - recalled) * refs.beta[...][:, None]
-        written = dot_parts([refs.inverse[...]], parts(missing, dtype, PARTS))
-        refs.written[:, e] = written.astype(dtype)
+        refs.written[:, e] = dot_parts([refs.inverse[...]], parts(missing, dtype, PARTS)).astype(dtype)
+        return carry
+
+    over(refs.value.shape[1], dtype, block, 0)
 
 
 def forward(query, key, value, beta, log_decay, initial_state, *, scale: float):

@@ -72,6 +72,23 @@ def blocks(size: int, dtype: Any) -> list[Any]:
     return [pl.ds(start, step) for start in range(0, size, step)]
 
 
+def over(size: int, dtype: Any, step: Callable[..., Any], carry: Any) -> Any:
+    """`carry = step(block, carry)` for the `blocks`: of bfloat16 all in one go, that their loads overlap.
+
+    Products of float32 are thousands of instructions each; of these a loop.
+    """
+    if dtype == jnp.float32:
+        return loop(size, width(size, dtype), step, carry)
+    for block in blocks(size, dtype):
+        carry = step(block, carry)
+    return carry
+
+
+def warps(dtype: Any) -> int:
+    """How many warps of a program share a tile of a chunk's tokens: that of float32 products no thread has too many."""
+    return 8 if dtype == jnp.float32 else 4
+
+
 def loop(size: int, channels: int, step: Callable[..., Any], carry: Any) -> Any:
     """`carry = step(block, carry)` for blocks of `channels` one after another: a loop, that its loads stay in it."""
     if channels == size:
