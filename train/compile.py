@@ -206,11 +206,11 @@ def largest(attempt: Callable[[int], plan.Plan], start: int) -> plan.Plan:
         fitting = [count for count, each in tried.items() if each.fits]
         failing = [count for count, each in tried.items() if not each.fits]
         low, high = max(fitting, default=0), min(failing, default=2 * LARGEST)
-        guess = _guess(tried)
+        guess = _guess({low: tried[low], high: tried[high]} if low in tried and high in tried else tried)
         if not low and high == 1:
             return tried[1]
         if not low:
-            count = high // 2
+            count = min(_power_of_two(guess), high // 2) if len(tried) > 1 else high // 2
         elif high > LARGEST:
             if low == LARGEST:
                 return tried[low]
