@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import math
 
 import jax
 import jax.numpy as jnp
