@@ -198,30 +198,46 @@ def largest(attempt: Callable[[int], plan.Plan], start: int) -> plan.Plan:
     Returns:
         That plan; where not even one example fits, the one with one.
     """
-    count = 2 ** (start.bit_length() - 1)
-    below, above = None, None
-    while (below is None or above is None) and 1 <= count <= LARGEST:
-        found = attempt(count)
-        if found.fits:
-            below, low = found, count
-            count = 2 * low
+    tried: dict[int, plan.Plan] = {}
+    count = _power_of_two(min(start, LARGEST))
+    # First powers of two that enclose the answer, then what lies between them.
+    while True:
+        tried[count] = attempt(count)
+        fitting = [count for count, each in tried.items() if each.fits]
+        failing = [count for count, each in tried.items() if not each.fits]
+        low, high = max(fitting, default=0), min(failing, default=2 * LARGEST)
+        guess = _guess({low: tried[low], high: tried[high]} if low in tried and high in tried else tried)
+        if not low and high == 1:
+            return tried[1]
+        if not low:
+            count = min(_power_of_two(guess), high // 2) if len(tried) > 1 else high // 2
+        elif high > LARGEST:
+            if low == LARGEST:
+                return tried[low]
+            count = min(max(2 * low, _power_of_two(guess)), LARGEST)
+        elif high > 2 * _power_of_two(low):
+            count = min(max(2 * low, _power_of_two(guess)), high // 2)
         else:
-            above, high = found, count
-            count = high // 2
-    if below is None:
-        return above
-    unit = max(1, low // REFINED)
-    while above is not None and high - low > unit:
-        # Memory grows about linearly, also that of a program that was refused.
-        room, growth = below.hbm_bytes_limit - below.hbm_bytes_peak, above.hbm_bytes_peak - below.hbm_bytes_peak
-        guess = low + int((high - low) * room / growth) // unit * unit if growth > 0 else low
-        guess = min(max(guess, low + unit), high - unit)
-        found = attempt(guess)
-        if found.fits:
-            below, low = found, guess
-        else:
-            above, high = found, guess
-    return below
+            unit = max(1, _power_of_two(low) // REFINED)
+            if high - low <= unit:
+                return tried[low]
+            count = min(max(guess // unit * unit, low + unit), high - unit)
+
+
+def _power_of_two(count: int) -> int:
+    """The largest power of two that is no larger."""
+    return 2 ** (max(count, 1).bit_length() - 1)
+
+
+def _guess(tried: dict[int, plan.Plan]) -> int:
+    """How many would just fit, if memory grew linearly between, and beyond, the two that are nearest to the limit."""
+    nearest = sorted(tried, key=lambda count: abs(tried[count].hbm_bytes_limit - tried[count].hbm_bytes_peak))[:2]
+    if len(nearest) < 2:
+        return 0
+    a, b = sorted(nearest)
+    growth = tried[b].hbm_bytes_peak - tried[a].hbm_bytes_peak
+    room = tried[a].hbm_bytes_limit - tried[a].hbm_bytes_peak
+    return max(0, a + int((b - a) * room / growth)) if growth > 0 else 0
 
 
 def as_json(plans: Sequence[plan.Plan]) -> dict[str, Any]:
