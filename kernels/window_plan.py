@@ -115,10 +115,8 @@ def cost(g: Geometry, itemsize: int, bias: bool, pad: bool, *, backward: bool) -
     pixels = g.batch * g.height * g.width * g.channels * itemsize
     small = (bias * g.heads * g.tokens**2 + pad * 3 * g.channels) * 4
     products = 5 if backward else 2
-    # The softmax: scale, maximum, difference, sum and division; its gradient: product, sum, difference, product, scale.
-    elementwise = (10 if backward else 5) + bias * (2 if backward else 1)
     return pl.CostEstimate(
-        flops=weights * (2 * g.dim * products + elementwise),
+        flops=weights * 2 * g.dim * products,
         transcendentals=weights,
         bytes_accessed=(7 if backward else 4) * pixels + (2 if backward else 1) * small,
     )

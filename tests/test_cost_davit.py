@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import zoo
 from kernels.cost import cost
 from tests.closed_forms import davit_products, f32
-from train import config, program, sources
+from train import config, program, sharding, sources
 
 
 @pytest.mark.parametrize(("name", "size", "published"), [("davit_tiny", 224, "4.522"), ("davit_nano", 16, None)])
@@ -31,7 +32,10 @@ def test_davit_counts_what_is_published(name, size, published):
 def step_cost(*overrides, platform="cpu"):
     """The model, the batch size and the cost of a training step on the digits."""
     settings = config.load("configs/digits.py:davit_nano", list(overrides))
-    built = program.build(settings, sources.open_source("digits", split="train"))
+    # Of another platform's training step there is only the plan.
+    device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
+    mesh = AbstractMesh((1,) * 4, sharding.AXES, (AxisType.Auto,) * 4, abstract_device=device)
+    built = program.build(settings, sources.open_source("digits", split="train"), planned=mesh)
     b = settings.data.batch_size
     batch = {"image": jax.ShapeDtypeStruct((b, 8, 8, 1), jnp.uint8), "label": jax.ShapeDtypeStruct((b,), jnp.int32)}
     if settings.augment.erase_prob:

@@ -12,8 +12,8 @@ from train.program import Program
 def training_flops(program: Program, batch: dict[str, Any], platform: str | None = None) -> int:
     """Matrix operations that training on one image or token takes: three times those of the forward pass.
 
-    What is computed again in the backward pass (`remat`) does not count, as usual for MFU; a Pallas kernel
-    counts with what it declares. `platform` is the one that the program is for; None: jax's own.
+    What is computed again in the backward pass (`remat`) does not count, as usual for MFU.
+    `platform` is the one that the program is for; None: jax's own.
 
     Source: Chowdhery et al. (PaLM), arXiv 2204.02311, appendix B.
     """
@@ -25,8 +25,7 @@ def training_flops(program: Program, batch: dict[str, Any], platform: str | None
         return program.task.loss(program.model, variables, batch, key)[0]
 
     counted = cost(forward, variables, prepared, key, platform=platform or jax.default_backend())
-    kernels = counted.by_primitive.get("pallas_call")
-    return 3 * (counted.matmul_flops + (kernels.flops if kernels else 0)) // examples(batch)
+    return 3 * counted.matmul_flops // examples(batch)
 
 
 def unit(batch: dict[str, Any]) -> str:

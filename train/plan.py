@@ -247,7 +247,7 @@ def plan(
         hbm_bytes_batch=_held(batch),
         hbm_bytes_limit=on.memory,
         flops=counted and counted.flops,
-        matmul_flops=counted and counted.matmul_flops + _in_kernels(counted),
+        matmul_flops=counted and counted.matmul_flops,
         model_flops=model_flops,
         implementations={op: sorted(names) for op, names in sorted(chosen.items())},
         kernels=kernels_in(lowered.as_text()),
@@ -271,11 +271,6 @@ def _counted(built: program.Program, arguments: tuple[Any, ...], platform: str, 
     except ValueError as error:
         notes.append(f"FLOPs are not counted: {error}")
         return None, None
-
-
-def _in_kernels(counted: Any) -> int:
-    inside = counted.by_primitive.get("pallas_call")
-    return inside.flops if inside else 0
 
 
 def _held(tree: Any) -> int:

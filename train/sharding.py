@@ -150,7 +150,7 @@ def check_batch(name: str, batch_size: int, mesh: Mesh | AbstractMesh, parts: in
         )
 
 
-def check_tokens(name: str, length: int | None, mesh: Mesh) -> None:
+def check_tokens(name: str, length: int | None, mesh: Mesh | AbstractMesh) -> None:
     """Raises `ValueError` if rows of so many tokens (None: of no tokens at all) do not split along `sequence`."""
     ways = mesh.shape[SEQUENCE_AXIS]
     if ways > 1 and length is None:

@@ -114,7 +114,7 @@ def _call(body, name, arrays, has, shapes, specs, programs, at: Layout, products
     weights = g.batch * g.windows * g.heads * g.tokens**2
     pixels = g.batch * g.height * g.width * g.channels * arrays[0].dtype.itemsize
     estimate = pl.CostEstimate(
-        flops=weights * (2 * g.dim * products + 5), transcendentals=weights, bytes_accessed=maps * pixels
+        flops=weights * 2 * g.dim * products, transcendentals=weights, bytes_accessed=maps * pixels
     )
     return compat.pallas_call(
         functools.partial(body, at=at, has_bias=has[0], has_pad=has[1]),
