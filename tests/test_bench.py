@@ -87,6 +87,7 @@ def test_every_variant_is_in_the_suites():
     assert patterns == {"self causal", "self noncausal", "cross noncausal"}
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_operands_and_results():
     for case in every_case():
         assert case.bytes("forward", "float32") == counted(case).io_bytes, case

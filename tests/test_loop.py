@@ -345,6 +345,7 @@ def test_a_run_learns_from_a_teacher(teacher, tmp_path):
     assert len(losses) == 2 and all(1 < loss < 4 for loss in losses)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_channels(teacher, tmp_path):
     words = dict(distill__teacher="davit_nano", distill__weights=teacher)
     words |= dict(data__mean="0.5,0.5,0.5", data__std="0.5,0.5,0.5")

@@ -53,6 +53,7 @@ def check(found):
         assert moved < 8 * edges
 
 
+@pytest.mark.slow
 def test_a_small_map_compiles_for_a_tpu():
     check(in_tpu_process(compile_bilevel, ["v5e:2x2"], [[8, 2, 4, 1]], 8, ["bfloat16"], False))
 

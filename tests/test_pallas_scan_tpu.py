@@ -59,6 +59,7 @@ def compile_all(cases):
     return [compiled(*case) for case in cases]
 
 
+@pytest.mark.slow
 def test_one_compiles():
     (result,) = in_tpu_process(compile_all, [("v5e", "decay per token", SHAPES[1], "bfloat16", "pallas_tpu")])
     assert result[2] == 2

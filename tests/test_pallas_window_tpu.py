@@ -94,6 +94,7 @@ def compile_all():
     return found, xla
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_a_tpu():
     moved, _, _ = in_tpu_process(compile_one)
     # Map, result and both gradients are read or written once or twice.
