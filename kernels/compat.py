@@ -102,6 +102,18 @@ def triton_dot(a: jax.Array, b: jax.Array, **options: Any) -> jax.Array:
     return triton.dot(a, b, **options)
 
 
+def triton_refusal() -> str | None:
+    """Why the GPUs of this host cannot run Triton kernels, or None where they can or there are none."""
+    if jax.default_backend() != "gpu" or _is_rocm():
+        return None
+    found = jax.devices()[0]
+    if float(found.compute_capability) < 8:
+        return (
+            f"{found.device_kind} has compute capability {found.compute_capability}; Triton takes 8.0 (Ampere) and up"
+        )
+    return None
+
+
 def shape_like(shape: tuple[int, ...], dtype: Any, *operands: Any) -> jax.ShapeDtypeStruct:
     """The result of a kernel: it varies over the mesh axes, inside `shard_map`, that any operand varies over."""
     varying = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(operands)))

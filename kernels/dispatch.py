@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from kernels import partition
+from kernels import compat, partition
 
 NAMES = ("xla", "cudnn", "pallas_tpu", "pallas_triton", "pallas_mosaic_gpu")
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
@@ -53,6 +53,8 @@ class Implementation:
         reason = self.unsupported(*arrays, **options)
         if reason is None and self.batched is not None:
             reason = partition.refusal(arrays[0].shape[0])
+        if reason is None and self.name == "pallas_triton":
+            reason = compat.triton_refusal()
         return reason
 
     def __call__(self, *arrays: Any, **options: Any) -> Any:

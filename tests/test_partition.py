@@ -1,6 +1,7 @@
 """Kernels over a mesh, and how they are traced: with a kernel so small that the answer is known."""
 
 import functools
+import types
 import warnings
 
 import chex
@@ -106,6 +107,20 @@ def test_several_tpus_without_a_mesh_are_left_to_xla(monkeypatch):
     by_platform = {choice.platform: choice.implementation for choice in choices}
     assert by_platform == {"cpu": "xla", "tpu": "xla", "cuda": "pallas_triton", "rocm": "xla"}
     assert "there are 8 TPUs and no mesh in effect" in choices[0].refused[0]
+
+
+@pytest.mark.parametrize("capability, served", [("7.0", False), ("7.5", False), ("8.0", True), ("10.0", True)])
+def test_gpus_before_ampere_are_left_to_xla(monkeypatch, capability, served):
+    gpu = types.SimpleNamespace(
+        compute_capability=capability, device_kind="Tesla", platform="gpu", client=types.SimpleNamespace()
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    with record_choices() as choices:
+        jax.eval_shape(lambda x: op(x, Y), X)
+    by_platform = {choice.platform: choice.implementation for choice in choices}
+    assert by_platform["cuda"] == ("pallas_triton" if served else "xla")
+    assert served or "Triton takes 8.0 (Ampere) and up" in " ".join(choices[0].refused)
 
 
 def test_each_platform_gets_its_kernel():
