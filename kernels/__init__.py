@@ -1,6 +1,7 @@
 """Attention primitives: pure functions of arrays."""
 
 from kernels.bilevel import bilevel_attention, region_descriptors, route_regions
+from kernels.block_sparse import block_sparse_attention
 from kernels.channel import channel_attention
 from kernels.cluster import routing_attention
 from kernels.cluster.step import routing_step
@@ -20,6 +21,7 @@ from kernels.window import merge_windows, partition_windows, window_attention
 __all__ = [
     "attention",
     "bilevel_attention",
+    "block_sparse_attention",
     "channel_attention",
     "delta_rule",
     "depthwise_conv2d",

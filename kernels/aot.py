@@ -1,4 +1,4 @@
-"""Compilation for TPUs that are not there: libtpu (the extra `plan`) needs no TPU for it."""
+"""Programs for devices that are not there: compiled for TPUs by libtpu (the extra `plan`), lowered for GPUs."""
 
 import contextlib
 import fcntl
@@ -6,14 +6,18 @@ import importlib.util
 import os
 import pathlib
 import tempfile
+import time
 from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice
 
 # libtpu serves one process at a time and ends a second one with an error; held until this process ends.
 _LOCK = pathlib.Path(tempfile.gettempdir()) / f"attention-zoo-libtpu-{os.getuid()}.lock"
 _held: list[Any] = []
+# A process that does not know of this lock may have libtpu, or be about to end.
+_TRIES, _PAUSE = 150, 2.0
 
 
 def tpu_devices(topology: str) -> list[Any]:
@@ -36,11 +40,45 @@ def tpu_devices(topology: str) -> list[Any]:
         lock = open(_LOCK, "w")
         fcntl.flock(lock, fcntl.LOCK_EX)
         _held.append(lock)
-    with _environment(TPU_SKIP_MDS_QUERY="1", XLA_FLAGS=None):
-        try:
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-        except jax.errors.JaxRuntimeError as error:
-            raise ValueError(f"topology {topology!r}: {error}; such as v5e:2x2 or v6e:4x4 it knows") from error
+    # Without a host's name and kind libtpu complains at length on stderr; it makes the topology that is asked for.
+    host = dict(TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
+    host = {name: os.environ.get(name, value) for name, value in host.items()}
+    with _environment(TPU_SKIP_MDS_QUERY="1", XLA_FLAGS=None, **host):
+        for left in reversed(range(_TRIES)):
+            try:
+                return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+            except jax.errors.JaxRuntimeError as error:
+                if "lockfile" not in str(error):
+                    raise ValueError(f"topology {topology!r}: {error}; such as v5e:2x2 or v6e:4x4 it knows") from error
+                if not left:
+                    raise RuntimeError(f"another process has libtpu, which serves one at a time: {error}") from error
+                time.sleep(_PAUSE)
+
+
+# Name in a topology -> `jax.Device.device_kind`, streaming multiprocessors.
+GPUS = {
+    "a100": ("NVIDIA A100-SXM4-80GB", 108),
+    "a100-40gb": ("NVIDIA A100-SXM4-40GB", 108),
+    "h100": ("NVIDIA H100 80GB HBM3", 132),
+    "h200": ("NVIDIA H200", 132),
+    "l4": ("NVIDIA L4", 58),
+}
+
+
+def gpu_devices(topology: str) -> tuple[AbstractDevice, int]:
+    """What GPUs of a kind look like while tracing, and how many: to lower for, as nothing compiles without one.
+
+    Args:
+        topology: one of `GPUS` and a number, such as `"h100:8"`.
+
+    Raises:
+        ValueError: for another one.
+    """
+    name, _, count = topology.partition(":")
+    if name.lower() not in GPUS or not count.isdecimal() or int(count) < 1:
+        raise ValueError(f"topology {topology!r}: a kind of GPU and how many, such as h100:8; kinds: {', '.join(GPUS)}")
+    kind, cores = GPUS[name.lower()]
+    return AbstractDevice(device_kind=kind, num_cores=cores, platform="gpu"), int(count)
 
 
 @contextlib.contextmanager

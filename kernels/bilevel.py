@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels.block_sparse_plan import Blocks, Plan
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
+from kernels.pallas_gpu import block_sparse as gpu
+from kernels.pallas_tpu import block_sparse as tpu
 from kernels.window import merge_windows, partition_windows
 
 KvDownsampleMode = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool", "fracpool", "conv"]
@@ -203,7 +206,51 @@ def _xla(qkv, indices, route_weights, *, num_heads, region, size, scale, pool, r
     return out
 
 
-TABLE = (Implementation("xla", _xla),)
+def _plan(qkv, indices, *, num_heads, region, scale, pool) -> Plan:
+    b, h, w, c3 = qkv.shape
+    query = key = Blocks((h, w), region)
+    if pool is not None:
+        tokens = len(pool[1]) * len(pool[2])
+        key = Blocks((1, query.count * tokens), (1, tokens))
+    dim = c3 // 3 // num_heads
+    return Plan(query, key, num_heads, dim, dim, indices.shape[2], scale, packed=pool is None)
+
+
+def _kernel(backend):
+    """What a module of block-sparse kernels makes of this op: regions are its blocks."""
+
+    def unsupported(qkv, indices, route_weights, *, size, return_weights, **options):
+        if return_weights:
+            return "return_weights: a fused kernel never holds the weights; implementation='xla' returns them"
+        plan = _plan(qkv, indices, **options)
+        b, h, w, c3 = qkv.shape
+        keys = plan.key.count * plan.key.tokens
+        shapes = [(b, h * w, c3)] if plan.packed else [(b, n, c3 // 3) for n in (h * w, keys, keys)]
+        arrays = tuple(jax.ShapeDtypeStruct(shape, qkv.dtype) for shape in shapes)
+        return backend.refusal(arrays, plan, route_weights)
+
+    def run(qkv, indices, route_weights, *, size, return_weights, **options):
+        plan = _plan(qkv, indices, **options)
+        b, h, w, c3 = qkv.shape
+        if plan.packed:
+            arrays = (qkv.reshape(b, h * w, c3),)
+        else:
+            region, pool = options["region"], options["pool"]
+            query, key_value = jnp.split(qkv, [c3 // 3], axis=-1)
+            edges = ((0, 0), (0, size[0] - h), (0, size[1] - w), (0, 0))
+            regions = partition_windows(jnp.pad(key_value, edges), region)
+            pooled = _pool_regions(regions, region, pool).reshape(b, -1, 2 * c3 // 3)
+            arrays = (query.reshape(b, h * w, c3 // 3), *jnp.split(pooled, 2, axis=-1))
+        return backend.attend(plan, arrays, indices, route_weights).reshape(b, h, w, c3 // 3)
+
+    return dict(run=run, unsupported=unsupported, batched=(True, True, True))
+
+
+TABLE = (
+    Implementation("pallas_tpu", platforms=("tpu",), **_kernel(tpu)),
+    Implementation("pallas_triton", platforms=("cuda",), **_kernel(gpu)),
+    Implementation("xla", _xla),
+)
 
 
 def _check_region(region):

@@ -38,8 +38,8 @@ class Cost:
         transcendentals: values of exp, log, sqrt, tanh, power and the like.
         bytes: operands and results of every primitive, nothing fused: an upper bound on the traffic.
         io_bytes: the arguments that are read, the constants and the results, each moved once: the lower bound.
-        matmul_flops: the part of `flops` in matrix products and convolutions. What a Pallas kernel
-            computes is not in it, as its estimate does not say.
+        matmul_flops: the part of `flops` in matrix products and convolutions, and what Pallas kernels declare: ours
+            declare their products.
         by_primitive: the same four counts for every primitive, by its name.
         by_scope: the same four counts by where they belong, a path of `jax.named_scope`s; flax makes one of the
             names of a module's submodules and methods.
@@ -282,4 +282,5 @@ def _kernel_counts(eqn) -> Counts:
     estimate, name = eqn.params["cost_estimate"], eqn.params["name"]
     if estimate is None:
         raise ValueError(f"cost: the Pallas kernel {name!r} declares no cost_estimate; pass one to its pallas_call")
-    return Counts(int(estimate.flops), int(estimate.transcendentals), int(estimate.bytes_accessed))
+    flops = int(estimate.flops)
+    return Counts(flops, int(estimate.transcendentals), int(estimate.bytes_accessed), flops)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import scan_plan
+from kernels import scan_plan, sequence_parallel
 from kernels.chunks import (
     check_operands,
     decay_matrix,
@@ -18,6 +18,7 @@ from kernels.chunks import (
 )
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
+from kernels.pallas_gpu import recurrence
 from kernels.pallas_tpu import scan
 
 
@@ -56,7 +57,11 @@ def _xla(query, key, value, beta, log_decay, initial_state, segments, *, scale, 
     return (out, state) if return_state else out
 
 
-TABLE = (Implementation("xla", _xla), scan_plan.delta(scan.BACKEND))
+TABLE = (
+    Implementation("xla", _xla),
+    scan_plan.delta(scan.BACKEND),
+    scan_plan.delta(recurrence.BACKEND),
+)
 
 
 def delta_rule(
@@ -117,13 +122,16 @@ def delta_rule(
     for name, array in (("beta", beta), ("log_decay", log_decay)):
         if array is not None and array.shape != key.shape[:3]:
             raise ValueError(f"{name} must be (B, N, H), here {key.shape[:3]}; got {array.shape}")
-    if log_decay is not None:
-        log_decay = log_decay[..., None]
     options = dict(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         form=form,
         chunk_size=chunk_size,
-        return_state=return_state,
     )
+    if sequence_parallel.ranks(key.shape[1]) > 1:
+        arrays = (query, key, value, beta, log_decay, initial_state, segments)
+        out, state = sequence_parallel.delta(delta_rule, *arrays, **options, implementation=implementation)
+        return (out, state) if return_state else out
+    if log_decay is not None:
+        log_decay = log_decay[..., None]
     arrays = (query, key, value, beta, log_decay, initial_state, segments)
-    return dispatch("delta_rule", TABLE, implementation, arrays, options)
+    return dispatch("delta_rule", TABLE, implementation, arrays, {**options, "return_state": return_state})

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from kernels import compat
+from kernels import compat, sequence_parallel
 from kernels.dispatch import Implementation, dispatch
 
 
@@ -109,6 +109,9 @@ def attention(
     options = dict(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         causal=causal,
-        return_weights=return_weights,
     )
+    if not return_weights and sequence_parallel.ranks(query.shape[1], key.shape[1]) > 1:
+        arrays = (query, key, value, bias, mask)
+        return sequence_parallel.attention(attention, *arrays, **options, implementation=implementation)
+    options |= dict(return_weights=return_weights)
     return dispatch("attention", TABLE, implementation, (query, key, value, bias, mask), options)

@@ -86,6 +86,24 @@ def record_choices() -> Iterator[list[Choice]]:
         _record.reset(token)
 
 
+_platforms: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("platforms", default=PLATFORMS)
+
+
+@contextlib.contextmanager
+def only_for(*platforms: str) -> Iterator[None]:
+    """What is traced inside the block will be lowered for these platforms alone.
+
+    It saves the time that tracing the kernels of the others takes. `"gpu"` is both kinds of GPU, as in
+    `jax.Device.platform`.
+    """
+    named = [name for platform in platforms for name in (("cuda", "rocm") if platform == "gpu" else (platform,))]
+    token = _platforms.set(tuple(name for name in PLATFORMS if name in named) or PLATFORMS)
+    try:
+        yield
+    finally:
+        _platforms.reset(token)
+
+
 def _note(op, platform, implementation, refused):
     choices = _record.get()
     if choices is not None:
@@ -155,15 +173,16 @@ def dispatch(
         return usable[0](*arrays, **options)
 
     chosen: dict[str, Implementation] = {}
-    for platform in PLATFORMS:
+    platforms = _platforms.get()
+    for platform in platforms:
         for candidate in usable:
             if platform in candidate.platforms:
                 chosen[platform] = candidate
                 _note(op, platform, candidate.name, refused)
                 break
     distinct = {i.name for i in chosen.values()}
-    if len(distinct) == 1 and len(chosen) == len(PLATFORMS):
-        return usable[0](*arrays, **options)
+    if len(distinct) == 1 and len(chosen) == len(platforms):
+        return by_name[distinct.pop()](*arrays, **options)
     branches = {p: _closed(i, options) for p, i in chosen.items()}
     # No default branch: lowering for a platform without an implementation is jax's own clear error.
     return jax.lax.platform_dependent(*arrays, **branches)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import scan_plan
+from kernels import scan_plan, sequence_parallel
 from kernels.chunks import (
     check_operands,
     decay_matrix,
@@ -19,6 +19,7 @@ from kernels.chunks import (
 )
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
+from kernels.pallas_gpu import recurrence
 from kernels.pallas_tpu import scan
 
 
@@ -66,7 +67,11 @@ def _xla(
     return results if len(results) > 1 else out
 
 
-TABLE = (Implementation("xla", _xla), scan_plan.gated_linear(scan.BACKEND))
+TABLE = (
+    Implementation("xla", _xla),
+    scan_plan.gated_linear(scan.BACKEND),
+    scan_plan.gated_linear(recurrence.BACKEND),
+)
 
 
 def gated_linear_attention(
@@ -124,14 +129,19 @@ def gated_linear_attention(
     Sun et al. (arXiv:2307.08621, equation 7) for fixed decay, Dao and Gu (arXiv:2405.21060, section 6) for scalars.
     """
     check_operands(query, key, value, initial_state, segments, form, chunk_size)
+    per_token = _per_token(log_decay, key)
     options = dict(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         form=form,
         chunk_size=chunk_size,
-        return_state=return_state,
-        return_weights=return_weights,
     )
-    arrays = (query, key, value, _per_token(log_decay, key), initial_state, segments)
+    if not return_weights and sequence_parallel.ranks(key.shape[1]) > 1:
+        arrays = (query, key, value, log_decay, initial_state, segments)
+        options |= dict(implementation=implementation)
+        out, state = sequence_parallel.gated_linear(gated_linear_attention, *arrays, **options)
+        return (out, state) if return_state else out
+    options |= dict(return_state=return_state, return_weights=return_weights)
+    arrays = (query, key, value, per_token, initial_state, segments)
     return dispatch("gated_linear_attention", TABLE, implementation, arrays, options)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from kernels import sequence_parallel
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
 from kernels.masking import check_dropout, document_runs, dropout, masked_softmax
@@ -74,6 +75,12 @@ def local_attention(
     _check(query, key, value, block, look_back, look_ahead, causal, window)
     check_tables(query.shape[-1], value.shape[-1], relative_key, relative_value)
     check_dropout(dropout_rate, dropout_key)
+    divided = causal and not dropout_rate and not return_weights and sequence_parallel.ranks(query.shape[1])
+    # Without a window it matters where blocks begin.
+    if divided and divided > 1 and (window is not None or query.shape[1] // divided % block == 0):
+        options = dict(block=block, look_back=look_back, window=window, scale=scale, implementation=implementation)
+        arrays = (query, key, value, relative_key, relative_value, key_mask, segments)
+        return sequence_parallel.window_attention(local_attention, *arrays, **options, reach=look_back * block)
     runs = None if segments is None else document_runs(segments)
     options = dict(
         block=block,

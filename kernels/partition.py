@@ -14,11 +14,12 @@ from jax.sharding import AxisType, PartitionSpec
 
 from kernels import compat
 
-# The axes of a mesh that divide batches.
+# The axes of a mesh that divide batches, and the one that divides tokens.
 BATCH_AXES = ("data", "fsdp")
+SEQUENCE_AXIS = "sequence"
 
 
-def _automatic():
+def automatic_axes():
     """The axes of the mesh in effect that XLA would partition over, with their sizes."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -28,10 +29,12 @@ def _automatic():
 
 def refusal(batch: int) -> str | None:
     """Why a kernel cannot be divided as the mesh in effect asks, or None where it can."""
-    axes = _automatic()
+    axes = automatic_axes()
     ways = math.prod(axes.get(name, 1) for name in BATCH_AXES)
     if batch % ways:
         return f"a batch of {batch} does not divide over the {ways} devices of the mesh's {' and '.join(BATCH_AXES)}"
+    if axes.get(SEQUENCE_AXIS, 1) > 1:
+        return f"the mesh's axis {SEQUENCE_AXIS} divides the tokens over {axes[SEQUENCE_AXIS]} devices"
     return None
 
 
@@ -52,7 +55,7 @@ def along_batch(run: Callable[..., Any], batched: Sequence[bool], arrays: Sequen
             batch is the same for all of it.
         arrays: operands, or None; the first of them has the batch.
     """
-    axes = _automatic()
+    axes = automatic_axes()
     if math.prod(axes.values()) == 1:
         return run(*arrays)
     batch = arrays[0].shape[0]

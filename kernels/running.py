@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels import sequence_parallel
 from kernels.chunks import document_starts
 
 
@@ -27,6 +28,8 @@ def running(
     Returns:
         `(B, N, H)` in the dtype of `x`.
     """
+    if sequence_parallel.ranks(x.shape[1]) > 1:
+        return sequence_parallel.running(running, x, before, segments, combine)
     if before is not None:
         x = x.at[:, 0].set(combine(before, x[:, 0]))
     starts = document_starts(segments)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels import sequence_parallel
 from kernels.chunks import check_segments
 from kernels.dense import accumulator_dtype
 from kernels.masking import document_runs
@@ -53,6 +54,9 @@ def short_conv(
     elif initial_state.shape != past:
         raise ValueError(f"initial_state must be (B, W - 1, C), here {past}; got {initial_state.shape}")
     check_segments(segments, batch, tokens)
+    if sequence_parallel.ranks(tokens) > 1:
+        out, state = sequence_parallel.short_conv(short_conv, x, kernel, bias, initial_state, segments)
+        return (out, state) if return_state else out
 
     extended = jnp.concatenate((initial_state.astype(x.dtype), x), axis=1)
     runs = None if segments is None else jnp.pad(document_runs(segments), ((0, 0), (width - 1, 0)))

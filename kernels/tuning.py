@@ -1,9 +1,12 @@
 """Block sizes of kernels by device and shape, with the evidence for them; the defaults are in the kernels' files."""
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -68,6 +71,44 @@ def device_kind(platform: str) -> str | None:
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """Block sizes that a kernel was traced with: for which bucket, its defaults, and whether they were measured."""
+
+    op: str
+    shape: dict[str, Any]
+    default: dict[str, Any]
+    blocks: dict[str, Any]
+    tuned: bool
+
+
+_uses: contextvars.ContextVar[list[Use] | None] = contextvars.ContextVar("uses", default=None)
+_trial: contextvars.ContextVar[tuple[str, dict[str, Any], dict[str, Any]] | None] = contextvars.ContextVar(
+    "trial", default=None
+)
+
+
+@contextlib.contextmanager
+def record_blocks() -> Iterator[list[Use]]:
+    """Collects what `blocks` gives while tracing inside the block, in order."""
+    uses: list[Use] = []
+    token = _uses.set(uses)
+    try:
+        yield uses
+    finally:
+        _uses.reset(token)
+
+
+@contextlib.contextmanager
+def trying(op: str, shape: dict[str, Any], tried: dict[str, Any]) -> Iterator[None]:
+    """Inside the block `blocks` gives these for this op and bucket, whatever is stored."""
+    token = _trial.set((op, shape, tried))
+    try:
+        yield
+    finally:
+        _trial.reset(token)
+
+
 def blocks(op: str, platform: str, default: dict[str, Any], **shape: Any) -> dict[str, Any]:
     """The block sizes for a call: the measured ones if there are any for this device and shape, else the default.
 
@@ -80,11 +121,23 @@ def blocks(op: str, platform: str, default: dict[str, Any], **shape: Any) -> dic
     Raises:
         ValueError: if a stored choice names a block size that the kernel does not take.
     """
+    chosen, tuned = _chosen(op, platform, shape)
+    if set(chosen) - set(default):
+        raise ValueError(f"{FILE}: {op} {shape} has block sizes {sorted(chosen)}, the kernel takes {sorted(default)}")
+    chosen = {**default, **chosen}
+    uses = _uses.get()
+    if uses is not None:
+        uses.append(Use(op, shape, default, chosen, tuned))
+    return chosen
+
+
+def _chosen(op, platform, shape) -> tuple[dict[str, Any], bool]:
+    """What differs from the defaults, and whether it was measured."""
+    trial = _trial.get()
+    if trial is not None and trial[:2] == (op, shape):
+        return trial[2], False
     kind = device_kind(platform)
     found = [e for e in entries() if kind is not None and kind.startswith(e.device) and (e.op, e.shape) == (op, shape)]
     if not found:
-        return default
-    chosen = max(found, key=lambda entry: (len(entry.device), entry.date)).blocks
-    if set(chosen) - set(default):
-        raise ValueError(f"{FILE}: {op} {shape} has block sizes {sorted(chosen)}, the kernel takes {sorted(default)}")
-    return {**default, **chosen}
+        return {}, False
+    return max(found, key=lambda entry: (len(entry.device), entry.date)).blocks, True

@@ -1,5 +1,6 @@
 """Attention inside small windows of a feature map: contiguous blocks, or the strided grid of MaxViT."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -8,8 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from kernels import window_plan
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
+from kernels.pallas_gpu import window as gpu
+from kernels.pallas_tpu import window as tpu
 
 Partition = Literal["block", "grid"]
 
@@ -94,7 +98,25 @@ def _xla(qkv, bias, pad, *, num_heads, window, partition, mask_pad, scale, retur
     return out
 
 
-TABLE = (Implementation("xla", _xla),)
+_BATCHED = (True, False, False)
+
+TABLE = (
+    Implementation(
+        "pallas_tpu",
+        functools.partial(window_plan.run, tpu.BACKEND),
+        tpu.unsupported,
+        platforms=("tpu",),
+        batched=_BATCHED,
+    ),
+    Implementation(
+        "pallas_triton",
+        functools.partial(window_plan.run, gpu.BACKEND),
+        gpu.unsupported,
+        platforms=("cuda",),
+        batched=_BATCHED,
+    ),
+    Implementation("xla", _xla),
+)
 
 
 def window_attention(

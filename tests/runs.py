@@ -50,7 +50,7 @@ def without_times(metrics: dict) -> dict:
     return {
         name: value
         for name, value in metrics.items()
-        if not (name.startswith("seconds") or name.endswith("_per_second") or name == "mfu")
+        if not (name.startswith(("seconds", "goodput", "memory")) or name.endswith("_per_second") or name == "mfu")
     }
 
 

@@ -180,7 +180,9 @@ def test_unknown_and_unwritten_implementations():
         window_attention(qkv, num_heads=1, window=(2, 2), implementation="palas_tpu")
     with pytest.raises(ValueError, match="empty sequence"):
         window_attention(qkv, num_heads=1, window=(2, 2), implementation=())
-    with pytest.raises(NotImplementedError, match="cudnn: not written for this op, which has xla"):
+    with pytest.raises(
+        NotImplementedError, match="cudnn: not written for this op, which has pallas_tpu, pallas_triton, xla"
+    ):
         window_attention(qkv, num_heads=1, window=(2, 2), implementation="cudnn")
 
 

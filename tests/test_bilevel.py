@@ -162,7 +162,7 @@ def test_bfloat16_is_accumulated_in_float32():
         (dict(kv_downsample_mode="maxpool", kv_downsample_ratio=4), "take at most 3"),
         (dict(kv_downsample_mode="conv"), "'conv' is a name without a meaning"),
         (dict(kv_downsample_mode="fracpool"), "use 'ada_avgpool'"),
-        (dict(implementation="cudnn"), "which has xla"),
+        (dict(implementation="cudnn"), "which has pallas_tpu, pallas_triton, xla"),
     ],
 )
 def test_names_what_is_wrong(kwargs, words):

@@ -168,7 +168,8 @@ def test_equal_tokens_are_equal_however_many_are_computed_at_once():
         empty = init_routing_state(1, H, K, 8, dim, E, membership="prefix", dtype=jnp.float32)
         return jax.lax.scan(step, empty, (rows.swapaxes(0, 1), value.swapaxes(0, 1)))[1].swapaxes(0, 1)
 
-    np.testing.assert_allclose(run(rows, value), expected, atol=1e-5)
+    # Rounding is 1e-5 and depends on the machine; another member of a cluster would be 0.1.
+    np.testing.assert_allclose(run(rows, value), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("membership", MEMBERSHIPS)

@@ -168,7 +168,7 @@ def test_pallas_kernel_counts_as_it_declares():
     estimate = pl.CostEstimate(flops=123, transcendentals=45, bytes_accessed=678)
     counted = cost(lambda x: doubled(x, estimate), f32(8, 128), platform="tpu")
     assert (counted.flops, counted.transcendentals, counted.bytes) == (123, 45, 678)
-    assert counted.matmul_flops == 0
+    assert counted.matmul_flops == 123
     looped = cost(lambda x: jax.lax.fori_loop(0, 3, lambda _, x: doubled(x, estimate), x), f32(8, 128))
     assert looped.by_primitive["pallas_call"].flops == 3 * 123
     with pytest.raises(ValueError, match="Pallas kernel 'doubled' declares no cost_estimate"):

@@ -2,35 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import zoo
 from kernels.cost import cost
-from tests.closed_forms import f32, taps_inside
-from train import config, program, sources
-
-
-def davit_products(model, size):
-    """Multiply-adds of DaViT by formulas, for sizes without padded windows.
-
-    Returns:
-        Those of the linear layers, of attention, of the convolutions between stages, of the depthwise
-        convolutions, and of the stem; the last two as pairs: all of them, and those with a real pixel.
-    """
-    side = size // model.stem_strides
-    kernel, first = model.stem_kernel, model.in_chans * model.dims[0]
-    stem = (side * kernel) ** 2 * first, taps_inside(size, kernel, model.stem_strides, kernel // 2) ** 2 * first
-    linear, attended, down, depthwise = model.dims[-1] * model.num_classes, 0, 0, np.zeros(2, int)
-    for i, (c, heads, depth) in enumerate(zip(model.dims, model.num_heads, model.depths)):
-        side = side // 2 if i else side
-        n = side**2
-        assert side % model.window == 0
-        linear += depth * 2 * n * 12 * c**2
-        attended += depth * 2 * n * c * (model.window**2 + c // heads)
-        depthwise += depth * 4 * c * np.array([9 * n, taps_inside(side, 3, 1, 1) ** 2])
-        down += n * 4 * model.dims[i - 1] * c if i else 0
-    return linear, attended, down, depthwise.tolist(), stem
+from tests.closed_forms import davit_products, f32
+from train import config, program, sharding, sources
 
 
 @pytest.mark.parametrize(("name", "size", "published"), [("davit_tiny", 224, "4.522"), ("davit_nano", 16, None)])
@@ -54,7 +32,10 @@ def test_davit_counts_what_is_published(name, size, published):
 def step_cost(*overrides, platform="cpu"):
     """The model, the batch size and the cost of a training step on the digits."""
     settings = config.load("configs/digits.py:davit_nano", list(overrides))
-    built = program.build(settings, sources.open_source("digits", split="train"))
+    # Of another platform's training step there is only the plan.
+    device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
+    mesh = AbstractMesh((1,) * 4, sharding.AXES, (AxisType.Auto,) * 4, abstract_device=device)
+    built = program.build(settings, sources.open_source("digits", split="train"), planned=mesh)
     b = settings.data.batch_size
     batch = {"image": jax.ShapeDtypeStruct((b, 8, 8, 1), jnp.uint8), "label": jax.ShapeDtypeStruct((b,), jnp.int32)}
     if settings.augment.erase_prob:

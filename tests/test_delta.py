@@ -48,15 +48,16 @@ def test_what_was_written_last_is_read_back():
     np.testing.assert_allclose(out, value, atol=1e-5)
 
 
-def test_twice_the_same_key_with_a_beta_of_two():
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("float64", 1e-12)])
+def test_twice_the_same_key_with_a_beta_of_two(float64, dtype, bound):
     """Equal keys make the worst system that unit keys can: every entry below the diagonal is beta."""
     op, tokens = OPS["delta"], 150
-    arrays = op.operands(np.random.default_rng(1), tokens, 8, 8, dtype=np.float32)
+    arrays = op.operands(np.random.default_rng(1), tokens, 8, 8, dtype=dtype)
     arrays["key"] = np.ascontiguousarray(np.broadcast_to(arrays["key"][:, :1], arrays["key"].shape))
     arrays["beta"] = np.full_like(arrays["beta"], 2)
     out = jax.jit(op)({n: jnp.asarray(x) for n, x in arrays.items()})
-    # LAPACK's substitution, in place of the inverse, is off by as much: 1.2e-5 with another seed.
-    assert_near(out, op.loop(arrays)[0], 2e-5, "output")
+    # In float32 LAPACK's substitution, in place of the inverse, is off by as much; either depends on seed and machine.
+    assert_near(out, op.loop(arrays)[0], bound, "output")
 
 
 def test_beta_is_not_clipped():

@@ -74,6 +74,7 @@ def test_averages_are_taken_where_they_are_kept(text_run, tmp_path):
     assert (found.report.weights, raw.report.weights) == ("ema", "raw")
 
 
+@pytest.mark.slow
 def test_vocabularies_are_those_of_the_weights(tmp_path):
     model = zoo.create_model("retnet_nano", **OVERRIDES, vocab_size=31)
     variables = random_variables(model)

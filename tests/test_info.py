@@ -140,6 +140,7 @@ def test_errors():
         zoo.model_info("davit_nano", batch=0)
 
 
+@pytest.mark.slow
 def test_weights_are_never_made():
     """1.4 billion parameters are 5.6 GB; the whole process stays far below that."""
     # VmHWM is that of the program itself: `ru_maxrss` begins with what the process that started it had.

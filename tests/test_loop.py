@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, how they go on, how they end early."""
 
+import errno
 import json
 import random
 import re
@@ -11,14 +12,16 @@ import chex
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import zoo
-from tests import runs
+from tests import object_store, runs
+from train import checkpoints, loop, metrics
 from train import config as config_lib
-from train import loop
 from train.__main__ import main
 from train.checkpoint import read_state
+from train.preemption import Notice, Preempted
 
 
 def prepare(workdir, **values) -> loop.Run:
@@ -112,6 +115,62 @@ def test_going_on_from_a_step_is_bit_equal(straight, tmp_path, step, capsys):
     assert_same_as(straight, workdir, result)
 
 
+class Told(Notice):
+    """A notice that comes at one question; before it, as many as there are."""
+
+    def __init__(self, at: int):
+        super().__init__()
+        self.at, self.asked, self.listens = at, 0, False
+
+    def listen(self):
+        self.listens = True
+
+    def arrived(self):
+        self.asked += 1
+        return self.asked >= self.at
+
+
+# Each of the 12 steps asks, and after steps 4, 8 and 12 the one batch of each of the two evaluations.
+@pytest.mark.parametrize(
+    "at, step, scored",
+    [
+        (2, 2, True),
+        pytest.param(4, 4, False, marks=pytest.mark.slow),
+        (6, 4, False),
+        pytest.param(17, 12, False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_told_to_stop_saves_and_ends_as_if_it_had_not_been(straight, tmp_path, at, step, scored):
+    """In training, and in an evaluation, which the run that goes on makes up for."""
+    run, told = prepare(tmp_path), Told(at)
+    with pytest.raises(Preempted, match=f"stopped by SIGTERM after step {step}, which is saved"):
+        loop.train(run, told)
+    assert told.listens
+    assert [line["step"] for line in runs.lines(tmp_path) if "eval/test_loss" in line] == [4, 8][
+        : max(0, step // 4 - 1)
+    ]
+    again = prepare(tmp_path)
+    assert (again.restored_step, again.unscored) == (step, not scored)
+    assert_same_as(straight, tmp_path, loop.train(again))
+
+
+def test_a_workdir_without_rename_and_append_serves_as_well(straight, tmp_path, monkeypatch, capsys):
+    """As on gs://: a run that is told to stop, one that goes on, the metrics, the config and the checkpoints."""
+    store = object_store.install(monkeypatch, tmp_path)
+    workdir = epath.Path(f"{object_store.PREFIX}bucket/run")
+    with pytest.raises(Preempted):
+        loop.train(prepare(workdir), Told(7))
+    (tmp_path / "bucket" / "run" / "checkpoints" / "11" / "state").mkdir(parents=True)
+    assert_same_as(straight, tmp_path / "bucket" / "run", train(workdir))
+    assert "going on from step 5 of 12" in capsys.readouterr().err
+    assert json.loads((workdir / "config.json").read_text())["model"]["name"] == "davit_nano"
+    assert store.writes and not list(tmp_path.rglob("*tmp*"))
+    assert checkpoints.main([str(workdir), "--verify"]) == 0
+    (tmp_path / "bucket" / "run" / "checkpoints" / "13" / "state").mkdir(parents=True)
+    assert checkpoints.main([str(workdir), "--repair"]) == 0
+    assert "13: unfinished" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_going_on_with_other_devices_and_for_longer(straight, tmp_path):
     """Only what `RESUMABLE` lists: the state is restored to the bit and placed as the new mesh wants it."""
@@ -198,6 +257,25 @@ def test_a_workdir_that_cannot_be_written(tmp_path, capsys):
     assert "choose a directory that this user can write" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_metrics_that_cannot_be_written_end_the_run_and_lose_nothing(tmp_path, monkeypatch, capsys):
+    """As on a disk that is full."""
+    write = metrics.Writer.write
+
+    def full(self, step, values):
+        if step > 7:
+            raise OSError(errno.ENOSPC, "cannot write metrics: No space left on device", "metrics.jsonl")
+        write(self, step, values)
+
+    words = ["--config", runs.CONFIG, "--workdir", str(tmp_path), *runs.SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Writer, "write", full)
+        assert main(words) == 1
+    assert re.search("^error: .*cannot write metrics: No space left", capsys.readouterr().err, re.M)
+    assert main(words) == 0
+    assert "going on from step 6 of 12" in capsys.readouterr().err
+
+
 def test_a_workdir_of_another_run(straight, capsys):
     words = ["--config.optim.weight_decay=0.5", "--config.total_steps=20"]
     assert main(["--config", runs.CONFIG, "--workdir", str(straight[0]), *runs.SMALL, *words]) == 2
@@ -267,6 +345,7 @@ def test_a_run_learns_from_a_teacher(teacher, tmp_path):
     assert len(losses) == 2 and all(1 < loss < 4 for loss in losses)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_channels(teacher, tmp_path):
     words = dict(distill__teacher="davit_nano", distill__weights=teacher)
     words |= dict(data__mean="0.5,0.5,0.5", data__std="0.5,0.5,0.5")

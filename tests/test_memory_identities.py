@@ -126,6 +126,7 @@ def test_the_dual_link_keeps_the_norm_in_the_dual_norm():
     near(paper, LqStability(q).link(jnp.asarray(state), "in") / 2)
 
 
+@pytest.mark.slow
 def test_norms_neither_overflow_nor_divide_by_zero():
     for link in ("paper", "dual"):
         gate = LqStability(4.0, link)

@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
-from etils.epath import backend, gpath
 from tensorboardX.proto import event_pb2
 
+from tests import object_store
 from train import metrics
 
 
@@ -105,6 +105,10 @@ def test_resumed_run_reads_like_an_uninterrupted_one(tmp_path, tail):
     run(killed, 0, 33)
     with (killed / "metrics.jsonl").open("ab") as file:
         file.write(tail)
+    again = metrics.Writer(killed)
+    again.resume(20)
+    assert again.redone == 13
+    run(killed, 20, 33)
     assert run(killed, 20, 50) == 13 + 1  # steps 21 to 33 and the evaluation at step 30
     assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert shown(killed) == shown(whole) and len(shown(whole)) == 55
@@ -149,43 +153,9 @@ def test_event_files_are_in_order_whatever_the_clock_says(tmp_path, monkeypatch)
     ]
 
 
-class ObjectStore(type(backend.os_backend)):
-    """What `gs://` can do, in a local folder: whole objects only, no appending and no renaming."""
-
-    def __init__(self, root: pathlib.Path):
-        self.root, self.writes = root, 0
-
-    def _local(self, path: str) -> str:
-        return str(self.root / path.removeprefix("gs://"))
-
-    def open(self, path, mode):
-        assert "a" not in mode, "an object store cannot append"
-        self.writes += "w" in mode
-        return super().open(self._local(path), mode)
-
-    def exists(self, path):
-        return super().exists(self._local(path))
-
-    def makedirs(self, path, *, exist_ok=False, mode=None):
-        super().makedirs(self._local(path), exist_ok=exist_ok, mode=mode)
-
-    def listdir(self, path):
-        return super().listdir(self._local(path))
-
-    def glob(self, path):
-        return [found.replace(f"{self.root}/", "gs://") for found in super().glob(self._local(path))]
-
-    def rename(self, path, dst):
-        raise AssertionError("an object store cannot rename")
-
-    replace = rename
-
-
 def test_without_append_and_rename(tmp_path, monkeypatch):
-    store = ObjectStore(tmp_path)
-    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", store)
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    workdir = epath.Path("gs://bucket/run")
+    store = object_store.install(monkeypatch, tmp_path)
+    workdir = epath.Path(f"{object_store.PREFIX}bucket/run")
     with metrics.Writer(workdir) as writer:
         for step in range(1, 6):
             writer.write(step, {"loss": 1 / step})
@@ -267,6 +237,11 @@ def test_meter():
     assert meter.rates() == {"tokens_per_second": 256 / 5}
     expected = {"compile": 8, "data": 2, "step": 2, "eval": 4, "checkpoint": 0, "other": 1}
     assert meter.seconds_by_phase() == {f"seconds/{name}": seconds for name, seconds in expected.items()}
+    shares = {f"goodput/{name}": round(seconds / 17, 4) for name, seconds in expected.items()}
+    assert meter.goodput() == {**shares, "goodput/lost": 0.0}
+    # One of the four steps had been done before.
+    meter.redo(1)
+    assert meter.goodput() == {**shares, "goodput/step": round(1.5 / 17, 4), "goodput/lost": round(0.5 / 17, 4)}
     with meter.phase("checkpoint"):
         clock.now += 5
     assert meter.rates() == {"tokens_per_second": 0.0}

@@ -174,6 +174,7 @@ def train_batch(size: int = 16) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_sharding_the_batch_changes_nothing():
     batch = train_batch()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -17,7 +17,7 @@ from kernels.scan_plan import FLOOR, decay_sums
 from tests.recurrences import OPS
 from tests.test_linear_recurrences import assert_close
 
-IMPLEMENTATIONS = ("pallas_tpu",)
+IMPLEMENTATIONS = ("pallas_tpu", "pallas_triton")
 KINDS = ("no decay", "decay per head", "decay per token", "decay per channel", "delta", "gated delta")
 # One with each body.
 DISTINCT = ("decay per token", "decay per channel", "gated delta")
@@ -243,7 +243,9 @@ def test_keys_that_are_all_the_same(beta, implementation):
     arrays["key"] = jnp.broadcast_to(arrays["key"][:, :1], arrays["key"].shape)
     arrays["beta"] = jnp.full(arrays["beta"].shape, beta)
     found = jitted("delta", implementation)(arrays, state, None)
-    assert_close(found, OPS["delta"].loop(arrays, state), 2e-5)
+    # With beta 2 a factor of 1 - 2 |key|^2 is raised to the power of 128: an error of 2^-24 in the length of the key
+    # alone makes 1.5e-5 of it.
+    assert_close(found, OPS["delta"].loop(arrays, state), 4e-5)
 
 
 def test_what_a_kernel_does_not_serve_is_left_to_xla():

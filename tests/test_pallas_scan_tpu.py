@@ -82,6 +82,7 @@ def compile_all(cases):
     return [compiled(*case) for case in cases]
 
 
+@pytest.mark.slow
 def test_one_compiles():
     ((calls, _),) = in_tpu_process(compile_all, [("v5e", "decay per token", SHAPES[1], "bfloat16")])
     assert calls == 2

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from kernels import compat
-from kernels.dispatch import Implementation, dispatch, record_choices
+from kernels.dispatch import Implementation, dispatch, only_for, record_choices
 
 
 def scaled(x, y, *, factor, params=None):
@@ -116,6 +116,15 @@ def test_each_platform_gets_its_kernel():
             lowered[platform] = jax.jit(op).trace(X, Y).lower(lowering_platforms=(platform,)).as_text()
     assert "tpu_custom_call" in lowered["tpu"] and "xla.gpu.triton" in lowered["cuda"]
     assert "custom_call" not in lowered["rocm"] + lowered["cpu"]
+
+
+@pytest.mark.parametrize("platform, kernel", [("tpu", "pallas_tpu"), ("gpu", "pallas_triton"), ("cpu", None)])
+def test_only_kernels_of_the_platforms_in_question_are_traced(platform, kernel):
+    with only_for(platform), record_choices() as choices:
+        jaxpr = str(jax.make_jaxpr(lambda x: op(x, Y))(X))
+    chosen = {choice.implementation for choice in choices}
+    assert chosen == ({kernel} if platform == "tpu" else {kernel, "xla"} - {None})
+    assert jaxpr.count("pallas_call") == (kernel is not None)
 
 
 def traced(x, *, log):

@@ -173,6 +173,7 @@ def test_the_published_membership_leaks_the_future_and_decodes_by_prefix():
     np.testing.assert_allclose(decoded, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_documents_of_a_packed_row_do_not_see_each_other():
     model, variables, tokens, _ = prepared(TEXT, **CASES["text"][1])
     with jax.enable_x64(True):

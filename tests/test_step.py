@@ -122,6 +122,7 @@ def digits():
     return sources.open_source("digits", split="train")
 
 
+@pytest.mark.slow
 def test_any_mesh_computes_the_same(digits):
     """Eight devices by data, fsdp and tensor, against one."""
 

@@ -43,6 +43,12 @@ def test_imports_go_one_way(layer):
             assert others <= MAY_IMPORT[layer], path
 
 
+def test_only_the_peers_of_the_benchmark_are_imported_by_name():
+    """What else there is to compare with is imported where it is installed, by one file."""
+    by_name = {path for path in FILES["kernels"] if "import_module" in path.read_text()}
+    assert by_name == {ROOT / "kernels" / "bench" / "peers.py"}
+
+
 def test_only_compat_looks_at_the_version_of_jax():
     for files in FILES.values():
         for path in files:

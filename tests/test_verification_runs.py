@@ -121,6 +121,7 @@ def test_the_model_is_saved_without_the_people(straight):
     assert model.num_classes == 0
 
 
+@pytest.mark.slow
 def test_compared(tmp_path, capsys):
     words_of_rows = words(total_steps=2, eval_every=0)
     command = ["--config", f"{CONFIG}:ablation", "--workdir", str(tmp_path), "--only", "backbone,0"]
@@ -142,6 +143,7 @@ def test_full_tables(tmp_path, capsys):
     assert "quick_full' names no table" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rows_are_contrasted(tmp_path, capsys):
     """Of both rows on the same pairs, once from the checkpoints and once from what the rows say."""
     command = ["--config", f"{CONFIG}:quick", "--workdir", str(tmp_path)]
@@ -367,6 +369,7 @@ def test_a_checkpoint_from_before_tasks_had_anything(tmp_path):
     chex.assert_trees_all_equal(restored.state, {**state, "task": {}})
 
 
+@pytest.mark.slow
 def test_a_folder_of_people(tmp_path, capsys):
     """Images of several sizes, with the size that the model sees named in the config."""
     root = tmp_path / "people"

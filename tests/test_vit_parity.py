@@ -62,6 +62,7 @@ def test_tiny():
     assert_outputs(model, variables, record, OUTPUT_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_gradients_of_tiny(tmp_path):
     record, _, model, variables, _ = loaded("deit_tiny")
     assert_all_gradients(model, variables, record, GRADIENT_TOLERANCE, tmp_path / "g.safetensors")

@@ -21,9 +21,12 @@ from jax.experimental import multihost_utils
 
 from train import leaves
 from zoo.formats.orbax_dir import (
+    COMMIT_MARKER,
     DIGESTS,
+    TEMPORARY,
     CheckpointError,
     DamagedStep,
+    can_rename,
     checkpoint_path,
     import_orbax,
     list_steps,
@@ -37,8 +40,6 @@ from zoo.formats.orbax_dir import (
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored", "read_state"]
 
-_COMMIT_MARKER = "commit_success.txt"
-_TEMPORARY = ".orbax-checkpoint-tmp"
 _CANNOT_WRITE, _RENAME_COMMITS, _MARKER_COMMITS = range(3)
 _NO_STEP, _NO_GOOD_STEP = -1, -2
 
@@ -114,6 +115,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         """Closes; an exception that is on its way goes before the failure of a save, which is then printed."""
+        if kind is not None and issubclass(kind, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            return  # Closing would meet the other processes, of which one is gone.
         try:
             self.close()
         except CheckpointError as error:
@@ -245,7 +248,7 @@ class Checkpoints:
         if self._writer:
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
-                outcome = _RENAME_COMMITS if _can_rename(self._directory) else _MARKER_COMMITS
+                outcome = _RENAME_COMMITS if can_rename(self._directory) else _MARKER_COMMITS
                 self._remove_unfinished(outcome == _RENAME_COMMITS)
             except OSError as error:
                 outcome, failure = _CANNOT_WRITE, error
@@ -260,9 +263,9 @@ class Checkpoints:
     def _remove_unfinished(self, renames: bool) -> None:
         for child in self._directory.iterdir():
             number, _, suffix = child.name.partition(".")
-            temporary = f".{suffix}".startswith(_TEMPORARY)
+            temporary = f".{suffix}".startswith(TEMPORARY)
             if not suffix and not renames:
-                temporary = not any((child / name).exists() for name in (_COMMIT_MARKER, DIGESTS))
+                temporary = not any((child / name).exists() for name in (COMMIT_MARKER, DIGESTS))
             if number.isdecimal() and temporary:
                 child.rmtree()
 
@@ -364,25 +367,6 @@ class Checkpoints:
         with jax.transfer_guard("allow"):
             restored = self._handler.restore(path, args=items)
         return Restored(step, restored.state, restored.data, restored.config)
-
-
-def _can_rename(directory: epath.Path) -> bool:
-    """Tries it with a folder that holds a file, as a step does; `OSError` if nothing can be written."""
-    before, after = directory / "probe", directory / "probe-renamed"
-    try:
-        before.mkdir(exist_ok=True)
-        (before / "file").write_text("")
-        if "://" in str(directory):
-            return False
-        try:
-            before.rename(after)
-        except (OSError, NotImplementedError):
-            return False
-        return True
-    finally:
-        for folder in (before, after):
-            if folder.exists():
-                folder.rmtree()
 
 
 def _from_process_0(value: int) -> int:

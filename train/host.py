@@ -1,6 +1,8 @@
 """Settings of the process that trains."""
 
 import ctypes
+import os
+import pathlib
 import sys
 
 import jax
@@ -27,6 +29,25 @@ def keep_freed_memory() -> bool:
     # One arena: those of other threads map what is over 64 MB whatever the settings. -1 is "never" to glibc.
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1))
     return mallopt is not None and all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def memory() -> dict[str, int]:
+    """Bytes that this process and the fullest of its devices hold, as far as the system and the devices tell.
+
+    `memory/host` is the resident set (Linux), `memory/device` what is allocated now, `memory/device_peak` the most
+    since the start.
+    """
+    found = {}
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        found["memory/host"] = pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        pass
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    for name, key in (("device", "bytes_in_use"), ("device_peak", "peak_bytes_in_use")):
+        if held := [each[key] for each in stats if key in each]:
+            found[f"memory/{name}"] = max(held)
+    return found
 
 
 def cache_compiled_programs() -> None:

@@ -49,14 +49,16 @@ def open_dataset(config: ml_collections.ConfigDict, split: str) -> Dataset | Seq
         path=wanted.path,
         length=wanted.length,
         tokenizer=wanted.tokenizer,
-        align=wanted.align or _segment_multiple(config),
+        align=segment_alignment(config),
         mode=wanted.packing,
         **wanted.options,
     )
 
 
-def _segment_multiple(config: ml_collections.ConfigDict) -> int:
-    """Where the model lets documents begin."""
+def segment_alignment(config: ml_collections.ConfigDict) -> int:
+    """Of what documents of text begin at multiples: `data.align`, or else where the model lets them begin."""
+    if config.data.align:
+        return config.data.align
     if not issubclass(registry.family_of(config.model.name).module, SequenceModel):
         return 1
     return registry.create_model(config.model.name, **config.model.overrides).segment_multiple

@@ -12,8 +12,9 @@ import jax
 import ml_collections
 from etils import epath
 
-from train import checkpoint, data, flops, metrics, progress, sources, start
+from train import checkpoint, data, flops, metrics, preemption, progress, sources, start
 from train import config as config_lib
+from train import host as host_lib
 from train import program as program_lib
 from train.evaluate import evaluate
 from train.face_set import FaceSet, check_strangers
@@ -28,10 +29,16 @@ STEPS_IN_FLIGHT = 2
 CONFIG_FILE = "config.json"
 # Of an evaluation, what is for metrics.jsonl alone: ends of intervals, numbers of pairs, thresholds.
 DETAILS = ("_low", "_high", "_pairs", "_threshold")
+# Beside the position in the data of a checkpoint: the evaluation that was due at its step was cut short.
+UNSCORED = "unscored"
 
 
 class TrainingError(RuntimeError):
     """A run that cannot go on: what happened, at which step, and what there is to start from."""
+
+
+class NotFinite(TrainingError):
+    """The loss or the gradient stopped being finite, which all processes of a run see at once."""
 
 
 @dataclasses.dataclass
@@ -48,6 +55,7 @@ class Run:
     state: TrainState
     restored_step: int | None
     examples: int
+    unscored: bool
     meter: metrics.Meter
 
 
@@ -77,12 +85,14 @@ def prepare(config: ml_collections.FrozenConfigDict, workdir: str) -> Run:
         _check_config(workdir, config)
         restored = checkpoints.restore(program.abstract_state)
         _write_config(workdir, config)
+    position = {"examples": 0} if restored is None else dict(restored.data)
+    unscored = position.pop(UNSCORED, False)
     if restored is None:
         with meter.phase("compile"):
             state = start.from_weights(program, program.init(), config)
     else:
         state = restored.state
-        data.DataPosition(**restored.data).check(train_set)
+        data.DataPosition(**position).check(train_set)
     return Run(
         config=config,
         workdir=workdir,
@@ -93,16 +103,22 @@ def prepare(config: ml_collections.FrozenConfigDict, workdir: str) -> Run:
         checkpoints=checkpoints,
         state=state,
         restored_step=None if restored is None else restored.step,
-        examples=0 if restored is None else restored.data["examples"],
+        examples=position["examples"],
+        unscored=unscored,
         meter=meter,
     )
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: Run, notice: preemption.Notice | None = None) -> dict[str, Any]:
     """Trains to `total_steps` and evaluates.
 
     Whatever a step has to say is written before its checkpoint, so that a run that is killed and goes on
     leaves the same `metrics.jsonl` as one that is not.
+
+    Args:
+        run: what `prepare` made.
+        notice: asked after every step, and during evaluations after every batch, whether to stop; an evaluation that
+            is cut short is made up for by the run that goes on.
 
     Returns:
         `step`, `seconds` (wall time of this process), and the final metrics by name.
@@ -111,6 +127,7 @@ def train(run: Run) -> dict[str, Any]:
         TrainingError: if the loss or the gradient stops being finite (the step is named, and the newest
             checkpoint is from before it), or if an example cannot be read.
         CheckpointError: if checkpoints cannot be written.
+        Preempted: if the notice came before the last step was done and scored; the checkpoint is written.
     """
     config, meter, program = run.config, run.meter, run.program
     first, last = run.restored_step or 0, config.total_steps
@@ -131,6 +148,8 @@ def train(run: Run) -> dict[str, Any]:
     key = jax.jit(functools.partial(jax.random.key, config.seed), out_shardings=program.replicated)()
     saved_config = config_lib.plain(config)
     state, evaluated, compiled = run.state, {}, None
+    notice = preemption.Notice() if notice is None else notice
+    told = notice.arrived
     in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
     with (
         bar,
@@ -139,10 +158,14 @@ def train(run: Run) -> dict[str, Any]:
         run.checkpoints,
         jax.transfer_guard("disallow"),
     ):
-        writer.resume(first)
+        writer.resume(first, without="eval/" if run.unscored else None)
+        meter.redo(writer.redone)
         bar.announce(_describe(run))
         if run.restored_step is not None:
             bar.announce(f"going on from step {first} of {last} in {run.workdir}")
+        if run.unscored and run.eval_sets:
+            evaluated = _evaluate(run, state, bar)
+            _record(first, evaluated, writer, bar)
         for step in range(first + 1, last + 1):
             with meter.phase("data"):
                 batch = place_batch(_next(batches, step), program.rows)
@@ -151,6 +174,7 @@ def train(run: Run) -> dict[str, Any]:
                 with meter.phase("compile"), jax.transfer_guard("allow"):
                     compiled = program.train_step.lower(state, batch, key, program.task).compile()
                     rates = _rates(run, batch)
+                notice.listen()
                 bar.phase("training")
             with meter.phase("step"), _profile(run, step):
                 state, values = compiled(state, batch, key, program.task)
@@ -159,8 +183,9 @@ def train(run: Run) -> dict[str, Any]:
                     jax.block_until_ready(in_flight.popleft())
             meter.count(config.data.batch_size * getattr(run.train_set, "length", 1))
             bar.advance(step)
-            ends = step == last
-            log, save = ends or step % config.log_every == 0, ends or run.checkpoints.should_save(step)
+            ends, stopped = step == last, told()
+            log = ends or step % config.log_every == 0
+            save = ends or stopped or run.checkpoints.should_save(step)
             scored = run.eval_sets and (ends or (config.eval_every and step % config.eval_every == 0))
             if log or save or scored:
                 with meter.phase("step"):
@@ -168,20 +193,29 @@ def train(run: Run) -> dict[str, Any]:
                 if log:
                     speed = rates()
                     line = {f"train/{name}": value for name, value in host.items()}
-                    writer.write(step, line | speed | meter.seconds_by_phase())
+                    writer.write(step, line | speed | meter.seconds_by_phase() | meter.goodput() | host_lib.memory())
                     bar.update(step, host | speed)
+            unscored = False
             if scored:
-                evaluated = _evaluate(run, state, bar)
-                writer.write(step, {f"eval/{name}": value for name, value in evaluated.items()})
-                bar.report(step, {k: v for k, v in evaluated.items() if not k.endswith(DETAILS)})
+                try:
+                    evaluated = _evaluate(run, state, bar, told)
+                    _record(step, evaluated, writer, bar)
+                except _CutShort:
+                    unscored = stopped = save = True
             if save:
                 writer.flush()
                 bar.phase("saving")
                 with meter.phase("checkpoint"):
-                    position = dataclasses.asdict(batches.position(step - first))
+                    position = dataclasses.asdict(batches.position(step - first)) | (
+                        {UNSCORED: True} if unscored else {}
+                    )
                     run.checkpoints.save(step, state, data=position, config=saved_config, force=True)
                 bar.phase("training")
-        if first >= last and run.eval_sets:
+            if unscored or (stopped and not ends):
+                with meter.phase("checkpoint"):
+                    run.checkpoints.wait()
+                raise preemption.Preempted(step)
+        if first >= last and run.eval_sets and not run.unscored:
             evaluated = _evaluate(run, state, bar)
         with meter.phase("checkpoint"):
             run.checkpoints.wait()
@@ -233,9 +267,7 @@ def _check_config(workdir: epath.Path, config: ml_collections.FrozenConfigDict) 
 def _write_config(workdir: epath.Path, config: ml_collections.FrozenConfigDict) -> None:
     """Leaves the config in the workdir; a kill leaves the old one or this one."""
     if jax.process_index() == 0:
-        beside = workdir / f"{CONFIG_FILE}.tmp"
-        beside.write_text(config_lib.describe(config) + "\n")
-        beside.replace(workdir / CONFIG_FILE)
+        metrics.replace_file(workdir / CONFIG_FILE, (config_lib.describe(config) + "\n").encode())
 
 
 def _describe(run: Run) -> str:
@@ -283,15 +315,37 @@ def _finite(values: dict[str, Any], run: Run) -> dict[str, float]:
         run.checkpoints.wait()
         newest = max(checkpoint.list_steps(run.workdir / "checkpoints"), default=None)
         left = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is step {newest}"
-        raise TrainingError(
+        raise NotFinite(
             f"the loss or the gradient of step {bad} is not finite; {left}. A lower config.optim.lr, a longer "
             "warm-up or config.optim.clip_norm may help; or start from another checkpoint."
         )
     return host
 
 
-def _evaluate(run: Run, state: TrainState, bar: progress.Progress) -> dict[str, float]:
-    """The metrics of every evaluation split, `NAME_METRIC`, by the running averages where they are kept."""
+class _CutShort(Exception):
+    """An evaluation that was told to stop."""
+
+
+def _until_told(batches: Iterator[data.Batch], told: Callable[[], bool]) -> Iterator[data.Batch]:
+    for batch in batches:
+        if told():
+            raise _CutShort
+        yield batch
+
+
+def _record(step: int, evaluated: dict[str, float], writer: metrics.Writer, bar: progress.Progress) -> None:
+    writer.write(step, {f"eval/{name}": value for name, value in evaluated.items()})
+    bar.report(step, {k: v for k, v in evaluated.items() if not k.endswith(DETAILS)})
+
+
+def _evaluate(
+    run: Run, state: TrainState, bar: progress.Progress, told: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """The metrics of every evaluation split, `NAME_METRIC`, by the running averages where they are kept.
+
+    Raises:
+        _CutShort: as soon as `told` says so.
+    """
     results = {}
     bar.phase("evaluating")
     with run.meter.phase("eval"), jax.transfer_guard("allow"):
@@ -307,7 +361,8 @@ def _evaluate(run: Run, state: TrainState, bar: progress.Progress) -> dict[str, 
             )
             with batches:
                 found = evaluate(
-                    *(run.program.eval_step, state.variables(averaged=True), batches, run.program.rows),
+                    *(run.program.eval_step, state.variables(averaged=True), _until_told(batches, told)),
+                    run.program.rows,
                     summarize=run.program.task.summarize,
                 )
             results |= {f"{name}_{metric}": value for metric, value in found.items()}

@@ -1,7 +1,7 @@
 """Classification losses with a margin, for embeddings that are compared by their cosine.
 
 All of them change the logit of the true class alone and leave the rest to softmax cross-entropy: `margin_loss`. What
-they work on are cosines between embeddings and one weight per class. Everything is float32 whatever comes in.
+they work on are cosines between embeddings and one weight per class. Everything is float32, float64 for float64.
 """
 
 import math
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from kernels.dense import accumulator_dtype
 from train.generated import need
 from zoo.layers import unit
 
@@ -22,8 +23,9 @@ NORM_RANGE = (1e-3, 100.0)
 
 
 def class_cosines(embeddings: Float[Array, "B E"], weights: Float[Array, "E K"]) -> Float[Array, "B K"]:
-    """Cosines between embeddings and the weights of classes, float32."""
-    rows, columns = unit(embeddings.astype(jnp.float32)), unit(weights.astype(jnp.float32), axis=0)
+    """Cosines between embeddings and the weights of classes, float32 (float64 for float64 embeddings)."""
+    acc = accumulator_dtype(embeddings.dtype)
+    rows, columns = unit(embeddings.astype(acc)), unit(weights.astype(acc), axis=0)
     return jnp.dot(rows, columns, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -50,7 +52,7 @@ def arcface_logits(
             is farther than a right angle from its class keeps s cos(theta).
 
     Returns:
-        Logits, float32.
+        Logits, float32 (float64 for float64 cosines).
 
     Raises:
         ValueError: for a margin that is not in [0, pi / 2].
@@ -58,7 +60,7 @@ def arcface_logits(
     Source: Deng et al., "ArcFace", arXiv:1801.07698, equation 3.
     """
     need(0 <= margin <= math.pi / 2, f"margin={margin}", "from 0 to pi / 2")
-    cosines = cosines.astype(jnp.float32)
+    cosines = cosines.astype(accumulator_dtype(cosines.dtype))
     own = _own(cosines, labels)
     sine = jnp.sqrt(jnp.maximum(1 - own * own, LEAST_SQUARED_SINE))
     moved = own * math.cos(margin) - sine * math.sin(margin) if margin else own
@@ -80,7 +82,7 @@ def cosface_logits(
         scale: s. margin: m.
 
     Returns:
-        Logits, float32.
+        Logits, float32 (float64 for float64 cosines).
 
     Raises:
         ValueError: for a margin that is not in [0, 2].
@@ -88,7 +90,7 @@ def cosface_logits(
     Source: Wang et al., "CosFace", arXiv:1801.09414, equation 4.
     """
     need(0 <= margin <= 2, f"margin={margin}", "from 0 to 2")
-    cosines = cosines.astype(jnp.float32)
+    cosines = cosines.astype(accumulator_dtype(cosines.dtype))
     return scale * _with_own(cosines, labels, _own(cosines, labels) - margin)
 
 
@@ -116,7 +118,7 @@ def adaface_logits(
         scale: s. margin: m. concentration: h.
 
     Returns:
-        Logits, float32.
+        Logits, float32 (float64 for float64 cosines).
 
     Raises:
         ValueError: for a margin that is not in [0, 1] or a concentration below 0.
@@ -126,7 +128,7 @@ def adaface_logits(
     """
     need(0 <= margin <= 1, f"margin={margin}", "from 0 to 1")
     need(concentration >= 0, f"concentration={concentration}", "at least 0")
-    cosines = cosines.astype(jnp.float32)
+    cosines = cosines.astype(accumulator_dtype(cosines.dtype))
     norms = jnp.clip(jax.lax.stop_gradient(norms).astype(jnp.float32), *NORM_RANGE)
     quality = jnp.clip(concentration * (norms - statistics["mean"]) / (statistics["std"] + 1e-3), -1, 1)
     own = jnp.clip(_own(cosines, labels), -1, 1)
@@ -161,7 +163,8 @@ def update_norm_statistics(
 
 def margin_loss(logits: Float[Array, "B K"], labels: Int[Array, " B"]) -> Float[Array, ""]:
     """Mean softmax cross-entropy."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels).mean()
+    logits = logits.astype(accumulator_dtype(logits.dtype))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def _own(cosines: Float[Array, "B K"], labels: Int[Array, " B"]) -> Float[Array, " B"]:

@@ -24,8 +24,8 @@ class Writer:
     """Writes each set of metrics as one line of `metrics.jsonl` and as one TensorBoard event.
 
     A line is a JSON object with `step` first and the metrics in alphabetical order; what is not finite is
-    null. By convention the names of wall-clock measurements begin with `seconds`, end with `_per_second` or are
-    `mfu`; all else is the same in every run of a config.
+    null. By convention the names of what is measured of the machine begin with `seconds`, `goodput` or `memory`, end
+    with `_per_second` or are `mfu`; all else is the same in every run of a config.
 
     On a disk a line is there once `write` returns. Object stores cannot append: there the files are rewritten
     whole by `flush`, which is therefore called before a checkpoint is saved. A run that goes on from a
@@ -41,22 +41,30 @@ class Writer:
             process_index: `jax.process_index()`; all but process 0 write nothing.
         """
         self._enabled = process_index == 0
+        # Steps that were logged by a run that was killed, and of which no checkpoint was left.
+        self.redone = 0
         self._workdir = epath.Path(workdir)
         self._events: _EventFile | None = None
         if self._enabled:
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._keep(math.inf)
 
-    def resume(self, step: int) -> int:
+    def resume(self, step: int, *, without: str | None = None) -> int:
         """Drops what a run wrote after the `step` (0: none done) from which this one goes on.
+
+        Args:
+            step: the last one whose lines stay.
+            without: how the names begin of metrics of this very step that are to be written once more.
 
         Returns:
             The number of lines dropped; a half-written one went already when the file was opened.
         """
         if not self._enabled:
             return 0
-        self._events = None
-        return self._keep(step)
+        self._events, reached = None, self._last_step
+        dropped = self._keep(step, without)
+        self.redone = max(0, reached - step)
+        return dropped
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Writes host numbers (Python's or numpy's) that belong to a step.
@@ -92,13 +100,16 @@ class Writer:
             if self._events is not None:
                 self._events.file.flush()
 
-    def _keep(self, last_step: int | float) -> int:
+    def _keep(self, last_step: int | float, without: str | None = None) -> int:
         """Keeps the whole lines up to a step, rewriting the file if that changes it; counts the others."""
         path = self._workdir / "metrics.jsonl"
         content = path.read_bytes() if path.exists() else b""
         lines = content.splitlines(keepends=True)
         steps = {line: _step_of(line) for line in lines}
         kept = [line for line in lines if steps[line] is not None and steps[line] <= last_step]
+        if without is not None:
+            again = [any(name.startswith(without) for name in json.loads(line)) for line in kept]
+            kept = [line for line, found in zip(kept, again) if not (found and steps[line] == last_step)]
         self._last_step = max((steps[line] for line in kept), default=0)
         self._lines = _GrowingFile(path, content)
         if len(kept) < len(lines):
@@ -139,6 +150,16 @@ def _step_of(line: bytes) -> int | None:
     return step if isinstance(step, int) else None
 
 
+def replace_file(path: epath.Path, content: bytes) -> None:
+    """Writes a file whole: a kill leaves the old content or this, as a plain write to an object store does."""
+    if "://" in str(path):
+        path.write_bytes(content)
+        return
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
 class _GrowingFile:
     """A file to which bytes are added; rewritten whole at each flush where its file system cannot append."""
 
@@ -149,13 +170,9 @@ class _GrowingFile:
 
     def replace(self, content: bytes) -> None:
         """Puts other content in the place of the old one, at once: a kill leaves the one or the other."""
-        if self._whole is None:
-            beside = self.path.with_name(f"{self.path.name}.tmp")
-            beside.write_bytes(content)
-            beside.replace(self.path)
-        else:
+        if self._whole is not None:
             self._whole[:] = content
-            self.path.write_bytes(content)
+        replace_file(self.path, content)
 
     def write(self, data: bytes) -> None:
         """Adds bytes; on a disk they are handed over before this returns."""
@@ -246,7 +263,7 @@ class Meter:
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._open = ["other"]
         self._since = clock()
-        self._examples = 0
+        self._examples = self._steps = self._redone = 0
         self._training_before = 0.0
 
     @contextlib.contextmanager
@@ -267,8 +284,13 @@ class Meter:
             self._open.pop()
 
     def count(self, examples: int) -> None:
-        """Adds examples that a training step has taken."""
+        """Adds a training step and the examples that it has taken."""
         self._examples += examples
+        self._steps += 1
+
+    def redo(self, steps: int) -> None:
+        """Notes how many of the steps to come were done before, by a process that was killed."""
+        self._redone = steps
 
     def rates(self) -> dict[str, float]:
         """The rate since the last call: examples by the time spent on data, steps and other things.
@@ -290,6 +312,20 @@ class Meter:
         """The part of the wall time so far that each phase took: `seconds/compile` and so on."""
         self._charge()
         return {f"seconds/{name}": round(value, 3) for name, value in self._seconds.items()}
+
+    def goodput(self) -> dict[str, float]:
+        """What the wall time went to, as shares that add up to 1: `goodput/step`, the useful part, and so on.
+
+        `goodput/lost` is the work of a process that was killed: the steps that this one does over again, as far as
+        they had been logged, at its own mean time of a step. They are taken from the share of the steps.
+        """
+        self._charge()
+        seconds = dict(self._seconds)
+        redone = min(self._redone, self._steps) / max(self._steps, 1)
+        seconds["lost"] = redone * seconds["step"]
+        seconds["step"] -= seconds["lost"]
+        whole = sum(seconds.values())
+        return {f"goodput/{name}": round(value / whole, 4) if whole else 0.0 for name, value in seconds.items()}
 
     def _charge(self) -> None:
         now = self._clock()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
+from kernels.dense import accumulator_dtype
 from zoo.registry import nearest
 
 ERASE_MODES = ("pixel", "rand", "const")
@@ -19,7 +20,7 @@ MIX_MODES = ("batch", "pair", "elem")
 def normalize(
     images: UInt8[Array, "b h w c"], mean: Sequence[float], std: Sequence[float], dtype=jnp.float32
 ) -> Float[Array, "b h w c"]:
-    """(images / 255 - mean) / std, computed in float32 and returned in `dtype`.
+    """(images / 255 - mean) / std, computed in float32 (float64 for that `dtype`) and returned in `dtype`.
 
     Args:
         images: pixels from 0 to 255.
@@ -34,8 +35,8 @@ def normalize(
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
             raise ValueError(f"{name}: expected 1 or {channels} values for {channels} channels, got {tuple(values)}")
-    images = images.astype(jnp.float32) / 255
-    return ((images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)).astype(dtype)
+    acc = accumulator_dtype(dtype)
+    return ((images.astype(acc) / 255 - jnp.asarray(mean, acc)) / jnp.asarray(std, acc)).astype(dtype)
 
 
 def random_erase(

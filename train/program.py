@@ -9,9 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import zoo
+from kernels.dispatch import only_for
 from train import optim, sharding, step, tasks
 from train.face_set import FaceSet
 from train.sequences import SequenceSet
@@ -27,7 +28,7 @@ class Program:
     """What `build` makes; nothing is computed yet.
 
     Attributes:
-        model, task, mesh: as the config asks for.
+        model, task, mesh: as the config asks for; of a planned program the task's arrays are shapes.
         abstract_state: shapes, dtypes and shardings of the train state.
         init: `() -> state`, jitted.
         train_step: `(state, batch, key, task) -> (state, metrics)`, jitted; donates the state.
@@ -38,7 +39,7 @@ class Program:
 
     model: nn.Module
     task: tasks.Task
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     abstract_state: step.TrainState
     init: Any
     train_step: Any
@@ -95,6 +96,8 @@ def build(
     config: ml_collections.ConfigDict,
     dataset: Dataset | SequenceSet,
     devices: Sequence[jax.Device] | None = None,
+    *,
+    planned: Mesh | AbstractMesh | None = None,
 ) -> Program:
     """Builds a run's program.
 
@@ -102,16 +105,21 @@ def build(
         config: a complete config (`train.config.load`).
         dataset: the training split; it tells the number of classes and the image size, or the vocabulary and length.
         devices: those of the mesh; None means all that there are.
+        planned: a mesh to plan for, in place of `devices` and of the config's, of devices that need not exist: nothing
+            is put on them, and a teacher's weights are not read.
 
     Raises:
         ValueError: for a model, a mesh or a batch size that does not fit; the message names the config's key.
         TypeError: for an unknown field in `model.overrides`.
     """
-    mesh = sharding.make_mesh(dict(config.mesh), devices)
+    mesh = planned or sharding.make_mesh(dict(config.mesh), devices)
     sharding.check_batch("config.data.batch_size", config.data.batch_size, mesh, config.accum_steps)
+    _check_tokens(dataset, mesh)
     model = build_model(config, dataset)
     replicated = NamedSharding(mesh, PartitionSpec())
-    task = jax.device_put(tasks.make(config, model, dataset), replicated)
+    task = tasks.make(config, model, dataset, planned=planned is not None)
+    if planned is None:
+        task = jax.device_put(task, replicated)
     family = registry.family_of(config.model.name)
     inputs = {name: jnp.zeros(like.shape, like.dtype) for name, like in model.example_inputs().items()}
     beside = jax.eval_shape(lambda: task.init(jax.random.key(0)))
@@ -129,7 +137,15 @@ def build(
     abstract = jax.eval_shape(init)
     places = sharding.state_shardings(abstract, family.sharding_rules, mesh)
     rows = sharding.batch_sharding(mesh)
-    train_step = step.make_train_step(model, optimizer, schedule, accum_steps=config.accum_steps, ema_decay=config.ema)
+    if planned is not None:
+        task = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), task)
+    gathered = functools.partial(sharding.gathered, places=step.trained(places.params, places.task))
+    options = dict(accum_steps=config.accum_steps, ema_decay=config.ema, gathered=gathered)
+    train_step = step.make_train_step(model, optimizer, schedule, **options)
+
+    def eval_step(variables, batch):
+        return task.evaluate(model, {**variables, "params": gathered(variables["params"])}, batch)
+
     return Program(
         model=model,
         task=task,
@@ -140,21 +156,37 @@ def build(
         init=jax.jit(traced(init), out_shardings=places),
         train_step=jax.jit(
             traced(train_step),
-            in_shardings=(places, rows, replicated, replicated),
+            # Of sequences, what has tokens lies as `sharding.place_batch` puts it, what has none as rows.
+            in_shardings=(places, rows if mesh.shape["sequence"] == 1 else None, replicated, replicated),
             out_shardings=(places, replicated),
             donate_argnums=0,
         ),
-        eval_step=jax.jit(traced(functools.partial(task.evaluate, model)), out_shardings=replicated),
+        eval_step=jax.jit(traced(eval_step), out_shardings=replicated),
         rows=rows,
         replicated=replicated,
     )
 
 
-def _traced(precision: str, mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def _check_tokens(dataset: Dataset | SequenceSet, mesh: Mesh | AbstractMesh) -> None:
+    """Raises `ValueError` for data whose rows do not split along the tokens as the mesh asks."""
+    if not isinstance(dataset, SequenceSet):
+        return sharding.check_tokens(f"the {dataset.name}", None, mesh)
+    sharding.check_tokens("tokens (config.data.length)", dataset.length, mesh)
+    if dataset.source_length is not None:
+        sharding.check_tokens("tokens of a source", dataset.source_length, mesh)
+
+
+def _traced(precision: str, mesh: Mesh | AbstractMesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, traced with this precision for matrix products of float32, and with its kernels over the mesh."""
 
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+
     def traced(*args):
-        with jax.default_matmul_precision(precision), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with (
+            jax.default_matmul_precision(precision),
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+            only_for(device.platform),
+        ):
             return function(*args)
 
     return traced

@@ -7,36 +7,64 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
+SEQUENCE_AXIS = "sequence"
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+
+def mesh_shape(sizes: dict[str, int], devices: int) -> tuple[int, ...]:
+    """Devices along each of `AXES`.
+
+    Args:
+        sizes: by axis; one of them may be -1 and takes what is left.
+        devices: how many there are.
+
+    Raises:
+        ValueError: if the sizes do not multiply to the number of devices.
+    """
+    shape = [sizes[axis] for axis in AXES]
+    rest = math.prod(n for n in shape if n != -1)
+    if shape.count(-1) > 1 or rest < 1 or min(shape) < -1:
+        raise ValueError(f"mesh sizes are positive, and at most one is -1 (the rest); got {dict(zip(AXES, shape))}")
+    if -1 in shape and devices % rest == 0:
+        shape[shape.index(-1)] = devices // rest
+    if math.prod(shape) != devices:
+        raise ValueError(
+            f"mesh {dict(zip(AXES, shape))} takes {abs(math.prod(shape))} devices, there are {devices}; "
+            "set one of config.mesh.{data,fsdp,tensor,sequence} to -1 to take what is left" + _would_do(shape, devices)
+        )
+    return tuple(shape)
+
+
+def _would_do(shape: Sequence[int], devices: int) -> str:
+    """Which size of one axis would make the mesh take all devices."""
+    others = [math.prod(abs(n) for n in shape) // abs(n) for n in shape]
+    known = [f"{axis}={devices // n}" for axis, n in zip(AXES, others) if devices % n == 0]
+    return f"; with the others as they are, {' or '.join(known)} would do" if known else ""
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes `data`, `fsdp`, `tensor` and `sequence`.
 
     Args:
-        sizes: devices along each axis; one of them may be -1 and takes what is left.
+        sizes: as of `mesh_shape`.
         devices: None means all of them.
 
     Raises:
-        ValueError: if the sizes do not multiply to the number of devices.
+        ValueError: as `mesh_shape` does.
     """
     devices = list(jax.devices() if devices is None else devices)
-    shape = [sizes[axis] for axis in AXES]
-    rest = math.prod(n for n in shape if n != -1)
-    if shape.count(-1) > 1 or rest < 1 or min(shape) < -1:
-        raise ValueError(f"mesh sizes are positive, and at most one is -1 (the rest); got {dict(zip(AXES, shape))}")
-    if -1 in shape and len(devices) % rest == 0:
-        shape[shape.index(-1)] = len(devices) // rest
-    if math.prod(shape) != len(devices):
-        raise ValueError(
-            f"mesh {dict(zip(AXES, shape))} takes {abs(math.prod(shape))} devices, there are {len(devices)}; "
-            "set one of config.mesh.{data,fsdp,tensor,sequence} to -1 to take what is left"
-        )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    shape, types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # No product of the torus' own axes gives these sizes, so that one of its axes has to be cut in two.
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
 
 
 def path_of(key_path) -> str:
@@ -44,7 +72,7 @@ def path_of(key_path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
 
 
-def param_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
+def param_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of one leaf: the first rule whose regex matches its whole path.
 
     A dimension that its mesh axis does not divide stays whole.
@@ -61,7 +89,7 @@ def param_spec(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P
     return PartitionSpec(*fits)
 
 
-def state_shardings(state: Any, rules: Rules, mesh: Mesh) -> Any:
+def state_shardings(state: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings for a whole train state, as `jax.eval_shape` gives it.
 
     Leaves under `params` and `model_state` follow the rules. Everything shaped like a parameter and ending in
@@ -83,12 +111,33 @@ def state_shardings(state: Any, rules: Rules, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def gathered(params: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
+    """The parameters as they are used, whole along `fsdp`, on a mesh where `tensor` divides them too; else as they are.
+
+    With batches along `data` and `fsdp`, kernels along `fsdp` and `tensor` and all three axes larger than 1, XLA's
+    partitioner made wrong products of some linear layers (jax 0.10.2): here it is left no choice.
+
+    Args:
+        params: parameters by name.
+        places: shardings of these parameters, perhaps of others too.
+    """
+    places = {name: places[name] for name in params}
+    shape = jax.tree.leaves(places)[0].mesh.shape
+    if min(shape["fsdp"], shape["tensor"]) == 1:
+        return params
+
+    def used(place):
+        return NamedSharding(place.mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in place.spec)))
+
+    return jax.lax.with_sharding_constraint(params, jax.tree.map(used, places))
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Batches are split along their first axis over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def check_batch(name: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
+def check_batch(name: str, batch_size: int, mesh: Mesh | AbstractMesh, parts: int = 1) -> None:
     """Raises `ValueError` if a global batch does not split over the mesh (in `parts` accumulation steps)."""
     ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * parts
     if batch_size % ways:
@@ -101,8 +150,33 @@ def check_batch(name: str, batch_size: int, mesh: Mesh, parts: int = 1) -> None:
         )
 
 
+def check_tokens(name: str, length: int | None, mesh: Mesh | AbstractMesh) -> None:
+    """Raises `ValueError` if rows of so many tokens (None: of no tokens at all) do not split along `sequence`."""
+    ways = mesh.shape[SEQUENCE_AXIS]
+    if ways > 1 and length is None:
+        raise ValueError(
+            f"config.mesh.sequence = {ways} divides the tokens of a row, and {name} has no such rows; set it to 1 and "
+            "let config.mesh.data, fsdp or tensor take the devices"
+        )
+    if ways > 1 and length % ways:
+        near = " or ".join(str(n * ways) for n in (length // ways, length // ways + 1) if n)
+        raise ValueError(
+            f"{length} {name} do not divide over config.mesh.sequence = {ways} devices; the nearest that do: {near}"
+        )
+
+
 def place_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This process's rows of a global batch, put on its devices."""
+    """This process's rows of a global batch, put on its devices; what has tokens is also split along `sequence`.
+
+    The targets of a row are its tokens shifted by one: they come so from the data, and none is missing at a split.
+    """
+    # Images are not: a mesh with such an axis is for sequences, see `check_tokens`.
+    tokens = sharding
+    if sharding.mesh.shape[SEQUENCE_AXIS] > 1:
+        tokens = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, SEQUENCE_AXIS))
     # With several processes jax takes this for an implicit transfer.
     with jax.transfer_guard("allow"):
-        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+        return {
+            name: jax.make_array_from_process_local_data(tokens if rows.ndim > 1 else sharding, rows)
+            for name, rows in batch.items()
+        }

@@ -98,17 +98,18 @@ def make_train_step(
     *,
     accum_steps: int = 1,
     ema_decay: float = 0.0,
+    gathered: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch, Key[Array, ""], Task], tuple[TrainState, dict[str, Array]]]:
     """The function `(state, batch, key, task) -> (state, metrics)`.
 
     All randomness of a step derives from `key` and the step's number, so that a resumed run draws the same.
     With `accum_steps` the batch is cut into that many parts whose gradients are averaged; what the model keeps
-    besides its parameters (batch statistics) is carried from part to part.
+    besides its parameters (batch statistics) is carried from part to part. `gathered` places the parameters for use.
     """
 
     def gradients(task, params, model_state, batch, key):
         def loss(params):
-            return task.loss(model, {"params": params, **model_state}, batch, key)
+            return task.loss(model, {"params": gathered(params), **model_state}, batch, key)
 
         (_, (metrics, model_state)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return grads, metrics, model_state

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 import zoo
+from kernels.dense import accumulator_dtype
 from train.distill import distillation_loss
 from train.face_set import FaceSet
 from train.mixing import mixup_cutmix, normalize, one_hot_smooth, random_erase
@@ -105,7 +106,7 @@ class Classify:
         return {}
 
     def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
-        images = normalize(batch["image"], self.mean, self.std)
+        images = normalize(batch["image"], self.mean, self.std, accumulator_dtype(self.dtype))
         if self.erase_mode is not None:
             images = random_erase(images, batch["erase_box"], batch["erase_seed"], self.erase_mode)
         targets = one_hot_smooth(batch["label"], self.num_classes, self.label_smoothing)
@@ -125,7 +126,7 @@ class Classify:
         heads, state = model.apply(
             variables, batch["image"], train=True, rngs={"dropout": key}, mutable=["batch_stats"]
         )
-        heads = jax.tree.map(lambda logits: logits.astype(jnp.float32), heads)
+        heads = jax.tree.map(lambda logits: logits.astype(accumulator_dtype(logits.dtype)), heads)
         losses = self.losses(heads, batch)
         loss = losses[0] if len(losses) == 1 else model.apply(variables, losses, method="join_losses")
         logits = sum(heads) / len(heads) if isinstance(heads, tuple) else heads
@@ -137,7 +138,7 @@ class Classify:
         return [optax.softmax_cross_entropy(logits, batch["target"]).mean() for logits in jax.tree.leaves(heads)]
 
     def evaluate(self, model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
-        images = normalize(batch["image"], self.mean, self.std).astype(self.dtype)
+        images = normalize(batch["image"], self.mean, self.std, self.dtype)
         logits = model.apply(variables, images).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         # Rank by how many classes score higher: ties count against nobody's favour and need no sort.
@@ -208,8 +209,10 @@ def without_teacher(config: ml_collections.ConfigDict, model: nn.Module, dataset
     )
 
 
-def make(config: ml_collections.FrozenConfigDict, model: nn.Module, dataset: Dataset | SequenceSet) -> Task:
-    """The task that a config describes, a classifier's teacher loaded.
+def make(
+    config: ml_collections.FrozenConfigDict, model: nn.Module, dataset: Dataset | SequenceSet, *, planned: bool = False
+) -> Task:
+    """The task that a config describes, a classifier's teacher loaded, or `planned`: its variables only shapes.
 
     Raises:
         ValueError: for a teacher of other classes or channels than the model, or one that takes no such images.
@@ -222,9 +225,14 @@ def make(config: ml_collections.FrozenConfigDict, model: nn.Module, dataset: Dat
     if isinstance(model, DCAL):
         raise ValueError(f"config.distill.teacher {settings.teacher!r}: the branches of DCAL learn from labels alone")
     name, tag = registry.split_tag(settings.teacher)
-    teacher, variables, _ = zoo.load_pretrained(
-        settings.teacher, settings.weights, image_size=model.image_size, dtype=task.dtype
-    )
+    fields = dict(image_size=model.image_size, dtype=task.dtype)
+    if planned:
+        fields |= dict(num_classes=model.num_classes, in_chans=model.in_chans)
+        known = registry.family_of(name).module.__dataclass_fields__
+        teacher = zoo.create_model(name, **{field: value for field, value in fields.items() if field in known})
+        variables = abstract_variables(teacher)
+    else:
+        teacher, variables, _ = zoo.load_pretrained(settings.teacher, settings.weights, **fields)
     for field in ("num_classes", "in_chans"):
         theirs, ours = getattr(teacher, field), getattr(model, field)
         if theirs != ours:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels.dense import accumulator_dtype
 from zoo.layers import unit
 from zoo.registry import nearest
 
@@ -76,11 +77,11 @@ def batch_hard_triplet(
         margin: 0.5 is that of the paper on twins, in cosine distance.
 
     Returns:
-        The loss, float32, and the share of anchors that add to it.
+        The loss, float32 (float64 for float64 embeddings), and the share of anchors that add to it.
 
     Source: Hermans, Beyer and Leibe, "In Defense of the Triplet Loss", arXiv:1703.07737, equation 5.
     """
-    units = unit(embeddings.astype(jnp.float32))
+    units = unit(embeddings.astype(accumulator_dtype(embeddings.dtype)))
     distances = 1 - jnp.dot(units, units.T, precision=jax.lax.Precision.HIGHEST)
     farthest = jnp.where(positives, distances, -jnp.inf).max(1)
     closest = jnp.where(negatives, distances, jnp.inf).min(1)

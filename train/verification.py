@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from kernels.dense import accumulator_dtype
 from train import margins, triplets, verification_metrics
 from train.face_set import ABOUT, FaceSet
 from train.mixing import normalize
@@ -113,7 +114,7 @@ class Verification:
         return {"params": {"people": weights}, "state": state}
 
     def prepare(self, batch: Batch, key: Key[Array, ""]) -> Batch:
-        images = normalize(batch["image"], self.mean, self.std).astype(self.dtype)
+        images = normalize(batch["image"], self.mean, self.std, self.dtype)
         return {"image": images, "label": batch["label"]}
 
     def loss(self, model: nn.Module, variables: Variables, batch: Batch, key: Key[Array, ""]):
@@ -129,7 +130,7 @@ class Verification:
         embeddings, state = model.apply(
             rest, batch["image"], train=True, rngs={"dropout": key}, mutable=["batch_stats"], **given
         )
-        embeddings = embeddings.astype(jnp.float32)
+        embeddings = embeddings.astype(accumulator_dtype(embeddings.dtype))
         cosines = margins.class_cosines(embeddings, weights)
         logits, beside = self.logits(cosines, labels, embeddings, beside)
         identity = margins.margin_loss(logits, labels)
@@ -161,7 +162,7 @@ class Verification:
 
     def evaluate(self, model: nn.Module, variables: Variables, batch: Batch) -> dict[str, Array]:
         """The embeddings of a batch, and what is known of the people."""
-        images = normalize(batch["image"], self.mean, self.std).astype(self.dtype)
+        images = normalize(batch["image"], self.mean, self.std, self.dtype)
         embeddings = model.apply(variables, images).astype(jnp.float32)
         return {"embedding": embeddings, **{name: batch[name] for name in ("label", *ABOUT, "mask")}}
 

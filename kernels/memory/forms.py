@@ -1,5 +1,6 @@
 """The forms of a memory: chunk by chunk, token by token."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels import sequence_parallel
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
 from kernels.memory.block import State, Tokens, Weights, advance
@@ -114,6 +116,16 @@ def miras(
     arrays = (query, key, value, dict(weights), step, log_retention, threshold, log_momentum, segments, initial_state)
     options = dict(rule=rule, chunk_size=chunk_size, form=form, return_state=return_state)
     check_operands(*arrays, **options)
+    if sequence_parallel.ranks(query.shape[1]) > 1:
+        gates = dict(step=step, log_retention=log_retention, threshold=threshold, log_momentum=log_momentum)
+        out, state = sequence_parallel.memory(
+            functools.partial(
+                miras, **options | dict(return_state=True, aligned=aligned), implementation=implementation
+            ),
+            lambda weights, batch: initial_memory(weights, rule=rule, batch=batch, dtype=value.dtype),
+            *(arrays[:3], gates, arrays[3], segments, initial_state),
+        )
+        return (out, state) if return_state else out
     return dispatch("miras", TABLE, implementation, arrays, {**options, "aligned": aligned})
 
 

@@ -26,6 +26,10 @@ _BLOCK = 4 << 20
 _SMALL = 1 << 20
 _THREADS = 8
 
+# What Orbax's temporary folders have in their names, and the file that commits a folder where nothing is renamed.
+TEMPORARY = ".orbax-checkpoint-tmp"
+COMMIT_MARKER = "commit_success.txt"
+
 T = TypeVar("T")
 
 
@@ -56,6 +60,8 @@ def import_orbax() -> Any:
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
+    # Of a write that fails in many pieces, asyncio logs each with its traceback when it is collected.
+    logging.getLogger("asyncio").addFilter(lambda record: "/orbax/checkpoint/" not in record.getMessage())
     return ocp
 
 
@@ -63,6 +69,25 @@ def checkpoint_path(directory: epath.PathLike) -> epath.Path:
     """Returns `directory` as the absolute path that Orbax asks for; a URL such as `gs://bucket` is one."""
     path = epath.Path(directory).expanduser()
     return path if path.is_absolute() else path.resolve()
+
+
+def can_rename(directory: epath.Path) -> bool:
+    """Whether a directory renames folders that hold files, as steps do; `OSError` if nothing can be written."""
+    before, after = directory / "probe", directory / "probe-renamed"
+    try:
+        before.mkdir(exist_ok=True)
+        (before / "file").write_text("")
+        if "://" in str(directory):
+            return False
+        try:
+            before.rename(after)
+        except (OSError, NotImplementedError):
+            return False
+        return True
+    finally:
+        for folder in (before, after):
+            if folder.exists():
+                folder.rmtree()
 
 
 def locate(path: epath.Path) -> tuple[epath.Path, int | None]:
@@ -133,6 +158,26 @@ def verified(step_dir: epath.PathLike, read: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return value
+
+
+def problems(step_dir: epath.PathLike, *, contents: bool) -> list[str]:
+    """What is wrong with the files of a step, one entry per file as in `DamagedStep`; empty if nothing is.
+
+    Args:
+        step_dir: the folder of one step, with its digests.
+        contents: whether every byte is read, or only `digests.json` and the sizes.
+    """
+    root = epath.Path(step_dir)
+    try:
+        files = _decode(root)
+    except DamagedStep as error:
+        return error.problems
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(lambda name: _size_problem(root, name, files[name]), files))
+        if contents:
+            good = [name for name, problem in zip(files, found) if problem is None]
+            found += pool.map(lambda name: _content_problem(root, name, files[name]), good)
+    return sorted(problem for problem in found if problem)
 
 
 def newest_good(

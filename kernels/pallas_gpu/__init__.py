@@ -1,0 +1,1 @@
+"""Kernels for GPUs, in Pallas: a module per family of ops."""
