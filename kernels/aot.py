@@ -1,30 +1,17 @@
 """Programs for devices that are not there: compiled for TPUs by libtpu (the extra `plan`), lowered for GPUs."""
 
 import contextlib
-import fcntl
 import importlib.util
 import os
-import pathlib
-import tempfile
-import time
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice
 
-# libtpu serves one process at a time and ends a second one with an error; held until this process ends.
-_LOCK = pathlib.Path(tempfile.gettempdir()) / f"attention-zoo-libtpu-{os.getuid()}.lock"
-_held: list[Any] = []
-# A process that does not know of this lock may have libtpu, or be about to end.
-_TRIES, _PAUSE = 150, 2.0
-
 
 def tpu_devices(topology: str) -> list[Any]:
     """The devices of a TPU slice, to compile for: `jit(...).lower(...).compile()` with shardings over them.
-
-    The first call waits until no other process of this user compiles for TPUs, and keeps them waiting until this
-    process ends.
 
     Args:
         topology: generation and shape, such as `"v5e:2x2"`, `"v6e:16x16"` or `"v5p:4x4x4"`.
@@ -36,23 +23,15 @@ def tpu_devices(topology: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise RuntimeError("compiling for a TPU needs libtpu: pip install 'attention-zoo[plan]'")
     jax.devices()
-    if not _held:
-        lock = open(_LOCK, "w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _held.append(lock)
     # Without a host's name and kind libtpu complains at length on stderr; it makes the topology that is asked for.
     host = dict(TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
     host = {name: os.environ.get(name, value) for name, value in host.items()}
-    with _environment(TPU_SKIP_MDS_QUERY="1", XLA_FLAGS=None, **host):
-        for left in reversed(range(_TRIES)):
-            try:
-                return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-            except jax.errors.JaxRuntimeError as error:
-                if "lockfile" not in str(error):
-                    raise ValueError(f"topology {topology!r}: {error}; such as v5e:2x2 or v6e:4x4 it knows") from error
-                if not left:
-                    raise RuntimeError(f"another process has libtpu, which serves one at a time: {error}") from error
-                time.sleep(_PAUSE)
+    # Only one process may use a TPU; to compile for one there may be as many as one likes.
+    with _environment(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", XLA_FLAGS=None, **host):
+        try:
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"topology {topology!r}: {error}; such as v5e:2x2 or v6e:4x4 it knows") from error
 
 
 # Name in a topology -> `jax.Device.device_kind`, streaming multiprocessors.

@@ -1,4 +1,4 @@
-"""Runs a function where programs can be compiled for TPUs: in a process of its own, which alone has libtpu."""
+"""Runs a function where programs can be compiled for TPUs: in a process of its own, with libtpu."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ import sys
 def in_tpu_process(function, *arguments, seconds: int = 280):
     """`function(*arguments)` of a test module, in a child process; arguments and result go through JSON.
 
-    A worker of pytest keeps libtpu to its end once it has it, and has flags of XLA that libtpu refuses.
+    A worker of pytest has flags of XLA that make programs other than a user's.
     """
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.tpu_child", function.__module__, function.__name__, json.dumps(arguments)]
