@@ -1,7 +1,6 @@
 """The only file that looks at the jax version, at what this jaxlib was built with, and at how kernels are run."""
 
 import contextlib
-import contextvars
 import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -13,26 +12,23 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 from jax.sharding import ManualAxisType
 
-_interpreting: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreting", default=False)
+# jit keeps a trace for each value.
+_interpreting = jax.make_user_context(False)
 
 
 @contextlib.contextmanager
 def interpret() -> Iterator[None]:
     """Kernels traced inside the block are interpreted: plain XLA operations on whatever platform there is.
 
-    That shows which numbers a kernel gives, not that it compiles. A function that was jitted and called outside
-    the block keeps the program it has.
+    That shows which numbers a kernel gives, not that it compiles.
     """
-    token = _interpreting.set(True)
-    try:
+    with _interpreting(True):
         yield
-    finally:
-        _interpreting.reset(token)
 
 
 def interpreting() -> bool:
     """Whether kernels that are traced now will be interpreted."""
-    return _interpreting.get()
+    return _interpreting.value
 
 
 def pallas_call(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
@@ -40,12 +36,11 @@ def pallas_call(body: Callable[..., None], **options: Any) -> Callable[..., Any]
     return pl.pallas_call(body, interpret=interpreting(), **options)
 
 
-# By function, static arguments and way of running; each keeps its traces by the shapes of its operands.
+# By function and static arguments; each keeps its traces by the shapes of its operands.
 @functools.cache
-def _jitted(function: Callable[..., Any], static: tuple[tuple[str, Hashable], ...], interpreted: bool):
+def _jitted(function: Callable[..., Any], static: tuple[tuple[str, Hashable], ...]):
     def traced(*arrays):
-        with interpret() if interpreted else contextlib.nullcontext():
-            return function(*arrays, **dict(static))
+        return function(*arrays, **dict(static))
 
     traced.__name__ = getattr(function, "__name__", "kernel").lstrip("_")
     return jax.jit(traced)
@@ -62,7 +57,7 @@ def traced_once(function: Callable[..., Any], static: dict[str, Hashable], *arra
         static: hashable keyword arguments.
         *arrays: operands, trees of arrays or None.
     """
-    return _jitted(function, tuple(sorted(static.items())), interpreting())(*arrays)
+    return _jitted(function, tuple(sorted(static.items())))(*arrays)
 
 
 def forget_traced() -> None:

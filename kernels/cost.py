@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from kernels.cost_rules import Counts, count, is_known
-from kernels.dispatch import PLATFORMS
+from kernels.dispatch import PLATFORMS, only_for
 
 # Primitives that only run a function, and under which name they hold it.
 CALLS = {
@@ -82,7 +82,8 @@ def cost(
         close = difflib.get_close_matches(str(platform), PLATFORMS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(map(repr, PLATFORMS))}"
         raise ValueError(f"cost: unknown platform {platform!r}; {hint}")
-    closed = jax.make_jaxpr(fn)(*args, **kwargs)
+    with only_for(platform):
+        closed = jax.make_jaxpr(fn)(*args, **kwargs)
     counter = _Counter(platform, while_trips)
     tally, read = counter.jaxpr(closed, [True] * len(closed.out_avals), {})
     if counter.unknown:

@@ -88,7 +88,8 @@ def record_choices() -> Iterator[list[Choice]]:
         _record.reset(token)
 
 
-_platforms: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("platforms", default=PLATFORMS)
+# jit keeps a trace for each value.
+_platforms = jax.make_user_context(PLATFORMS)
 
 
 @contextlib.contextmanager
@@ -99,11 +100,8 @@ def only_for(*platforms: str) -> Iterator[None]:
     `jax.Device.platform`.
     """
     named = [name for platform in platforms for name in (("cuda", "rocm") if platform == "gpu" else (platform,))]
-    token = _platforms.set(tuple(name for name in PLATFORMS if name in named) or PLATFORMS)
-    try:
+    with _platforms(tuple(name for name in PLATFORMS if name in named) or PLATFORMS):
         yield
-    finally:
-        _platforms.reset(token)
 
 
 def _note(op, platform, implementation, refused):
@@ -175,7 +173,7 @@ def dispatch(
         return usable[0](*arrays, **options)
 
     chosen: dict[str, Implementation] = {}
-    platforms = _platforms.get()
+    platforms = _platforms.value
     for platform in platforms:
         for candidate in usable:
             if platform in candidate.platforms:

@@ -247,7 +247,7 @@ def test_cost_is_that_of_full_windows(backward):
 
     weights, pixels, n = 2 * 8 * 2 * 12**2, 2 * 8 * 12 * 32 * 2, 2 * 12**2 * 4
     counts = cost(run, qkv, bias, direction, platform="tpu").by_primitive["pallas_call"]
-    assert counts.flops == weights * (5 * 2 * 16 + 12 if backward else 2 * 2 * 16 + 6)
+    assert counts.flops == weights * 2 * 16 * (5 if backward else 2)
     assert counts.transcendentals == weights
     assert counts.bytes == (7 * pixels + 2 * n if backward else 4 * pixels + n)
 

@@ -136,10 +136,22 @@ def test_each_platform_gets_its_kernel():
 @pytest.mark.parametrize("platform, kernel", [("tpu", "pallas_tpu"), ("gpu", "pallas_triton"), ("cpu", None)])
 def test_only_kernels_of_the_platforms_in_question_are_traced(platform, kernel):
     with only_for(platform), record_choices() as choices:
-        jaxpr = str(jax.make_jaxpr(lambda x: op(x, Y))(X))
+        jaxpr = str(jax.make_jaxpr(op)(X, Y))
     chosen = {choice.implementation for choice in choices}
     assert chosen == ({kernel} if platform == "tpu" else {kernel, "xla"} - {None})
     assert jaxpr.count("pallas_call") == (kernel is not None)
+
+
+def test_a_jitted_function_has_a_trace_for_each_way_of_running():
+    function = jax.jit(lambda x: op(x, Y))
+    with only_for("tpu"):
+        assert str(jax.make_jaxpr(function)(X)).count("pallas_call") == 1
+    chex.assert_trees_all_close(function(X), 3 * X * Y, rtol=1e-6)
+    forced = jax.jit(lambda x: op(x, Y, "pallas_tpu"))
+    with pytest.raises(ValueError, match="(?i)interpret"):
+        forced(X)
+    with compat.interpret():
+        chex.assert_trees_all_close(forced(X), 3 * X * Y, rtol=1e-6)
 
 
 def traced(x, *, log):

@@ -31,7 +31,7 @@ from train import data, host, inputs, leaves, metrics, program, sources, tasks
 from train.checkpoint import CheckpointError, read_state
 from train.face_set import FaceSet
 from train.sequences import SequenceSet
-from train.sharding import batch_sharding, check_batch, make_mesh, place_batch
+from train.sharding import batch_sharding, check_batch, make_mesh, on_mesh, place_batch
 from train.verification_metrics import Scored
 from zoo import preprocess
 from zoo.pretrained import abstract_variables
@@ -99,7 +99,8 @@ def score(
     mesh = make_mesh(dict(data=-1, fsdp=1, tensor=1, sequence=1))
     check_batch("batch size", batch_size, mesh)
     replicated, rows = NamedSharding(mesh, PartitionSpec()), batch_sharding(mesh)
-    eval_step = jax.jit(functools.partial(task.evaluate, model), out_shardings=replicated)
+    score = functools.partial(task.evaluate, model)
+    eval_step = jax.jit(on_mesh(mesh, score), out_shardings=replicated)
     batches = data.eval_iterator(dataset, batch_size=batch_size, transform=transform, workers=workers)
     with batches:
         placed = jax.device_put(variables, replicated)

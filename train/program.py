@@ -12,7 +12,6 @@ import ml_collections
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 import zoo
-from kernels.dispatch import only_for
 from train import optim, sharding, step, tasks
 from train.face_set import FaceSet
 from train.sequences import SequenceSet
@@ -178,15 +177,10 @@ def _check_tokens(dataset: Dataset | SequenceSet, mesh: Mesh | AbstractMesh) -> 
 
 def _traced(precision: str, mesh: Mesh | AbstractMesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, traced with this precision for matrix products of float32, and with its kernels over the mesh."""
-
-    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+    function = sharding.on_mesh(mesh, function)
 
     def traced(*args):
-        with (
-            jax.default_matmul_precision(precision),
-            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
-            only_for(device.platform),
-        ):
+        with jax.default_matmul_precision(precision):
             return function(*args)
 
     return traced

@@ -2,13 +2,15 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from kernels.dispatch import only_for
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
@@ -65,6 +67,17 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
         # No product of the torus' own axes gives these sizes, so that one of its axes has to be cut in two.
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES, axis_types=types)
+
+
+def on_mesh(mesh: Mesh | AbstractMesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, traced for the mesh: each device's kernels for its part, and of its platform alone."""
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+
+    def traced(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), only_for(device.platform):
+            return function(*args)
+
+    return traced
 
 
 def path_of(key_path) -> str:

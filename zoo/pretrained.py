@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.dispatch import only_for
 from zoo import hub, registry
 from zoo.errors import WeightsError
 from zoo.formats.readers import Source, open_source
@@ -221,8 +222,9 @@ def _check_variables(values: Mapping[str, Any], leaves: Mapping[str, jax.ShapeDt
 
 def abstract_variables(model: nn.Module) -> Mapping[str, Any]:
     """Shapes and dtypes of a model's variables."""
-    # The key is made inside, or it would be an array on a device.
-    return jax.eval_shape(lambda inputs: model.init(jax.random.key(0), **inputs), model.example_inputs())
+    # The key is made inside, or it would be an array on a device; shapes are the same whatever computes them.
+    with only_for("cpu"):
+        return jax.eval_shape(lambda inputs: model.init(jax.random.key(0), **inputs), model.example_inputs())
 
 
 def _abstract_leaves(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
