@@ -30,8 +30,12 @@ def test_davit_counts_what_is_published(name, size, published):
 
 
 def step_cost(*overrides, platform="cpu"):
-    """The model, the batch size and the cost of a training step on the digits."""
-    settings = config.load("configs/digits.py:davit_nano", list(overrides))
+    """The model, the batch size and the cost of a training step on the digits, without kernels.
+
+    Those compute the weights once more for the gradient.
+    """
+    xla = "--config.model.overrides.implementation=xla"
+    settings = config.load("configs/digits.py:davit_nano", [xla, *overrides])
     # Of another platform's training step there is only the plan.
     device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
     mesh = AbstractMesh((1,) * 4, sharding.AXES, (AxisType.Auto,) * 4, abstract_device=device)
