@@ -3,7 +3,6 @@
 import time
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
