@@ -29,6 +29,7 @@ CASES = [(name, MIXED) for name in MODELS] + [(name, LONG) for name in LANGUAGE_
 CASES += [("vit_nano", mesh) for mesh in MESHES]
 CASES += [("gated_deltanet_h_nano", mesh) for mesh in LONG_MESHES]
 QUICK = [("vit_nano", MIXED), ("gated_deltanet_h_nano", LONG)]
+SLOW = [("biformer_nano", MIXED), ("care_nano", MIXED), ("gla_nano", LONG), ("vit_nano", dict(fsdp=2, tensor=4))]
 STEPS = 20
 
 
@@ -46,9 +47,12 @@ def apart(found, expected):
     return norm(jax.tree.map(np.subtract, found, expected)) / norm(expected)
 
 
-@pytest.mark.parametrize(
-    "name, mesh", [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
-)
+def marked(case):
+    marks = () if case in QUICK else pytest.mark.slow if case in SLOW else pytest.mark.bench
+    return pytest.param(*case, marks=marks)
+
+
+@pytest.mark.parametrize("name, mesh", map(marked, CASES))
 def test_every_mesh_trains_the_same(float64, name, mesh):
     """In float64 twenty steps of AdamW, by the norm of all parameters, statistics and centroids."""
     losses, gradient, variables = mesh_runs.trained(name, STEPS, "float64", **mesh)
