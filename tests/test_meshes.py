@@ -52,7 +52,7 @@ def marked(case):
     return pytest.param(*case, marks=marks)
 
 
-@pytest.mark.parametrize("name, mesh", map(marked, CASES))
+@pytest.mark.parametrize("name, mesh", [marked(case) for case in CASES])
 def test_every_mesh_trains_the_same(float64, name, mesh):
     """In float64 twenty steps of AdamW, by the norm of all parameters, statistics and centroids."""
     losses, gradient, variables = mesh_runs.trained(name, STEPS, "float64", **mesh)
