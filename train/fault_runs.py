@@ -208,7 +208,7 @@ def kills(place: pathlib.Path, kills: int, *, seed: int = 0, total: int = 60, ev
     draw = random.Random(seed)
     figures = dict(kills=0, ends=0, failed=0, wrong=0, saves_lost=0, steps_lost=0, left=0)
     workdir, newest, before = place / "run0", 0, set()
-    while figures["kills"] < kills or newest or before:
+    while figures["kills"] < kills or not figures["ends"] or newest or before:
         last = figures["kills"] >= kills
         child = Child(workdir, **settings)
         if not last and draw.random() < 0.15:
