@@ -187,6 +187,10 @@ def train(run: Run, notice: preemption.Notice | None = None) -> dict[str, Any]:
             log = ends or step % config.log_every == 0
             save = ends or stopped or run.checkpoints.should_save(step)
             scored = run.eval_sets and (ends or (config.eval_every and step % config.eval_every == 0))
+            if save:
+                # Before the step is told of: no more than one save is then unfinished, whenever the run is killed.
+                with meter.phase("checkpoint"):
+                    run.checkpoints.wait()
             if log or save or scored:
                 with meter.phase("step"):
                     host = _finite(jax.device_get(values), run)
