@@ -1,10 +1,14 @@
-"""Devices in several slices or processes: which of them lie beside one another, and which rows each process reads."""
+"""Several processes and slices: how processes meet, where devices lie in a mesh, and which rows each process reads."""
 
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import jax
 import pytest
 
+from tests.runs import ROOT
 from train import sharding
 
 
@@ -43,3 +47,39 @@ def test_slices_of_a_batch_are_those_of_a_process_devices():
     assert [of(p) for p in range(4)] == [((0, 1), 8), ((2, 3), 8), ((4, 5), 8), ((6, 7), 8)]
     assert [of(p, tensor=4) for p in range(4)] == [((0,), 2), ((0,), 2), ((1,), 2), ((1,), 2)]
     assert {of(p, sequence=8) for p in range(4)} == {((0,), 1)}
+
+
+# What a scheduler tells process `i` of two.
+SCHEDULERS = {
+    "slurm": lambda i: dict(
+        SLURM_JOB_ID="4567",
+        SLURM_STEP_NODELIST="localhost",
+        SLURM_STEP_NUM_NODES="1",
+        SLURM_NTASKS="2",
+        SLURM_PROCID=str(i),
+        SLURM_LOCALID=str(i),
+    ),
+    "open mpi": lambda i: dict(
+        OMPI_MCA_orte_hnp_uri="1531576320.0;tcp://127.0.0.1:34911",
+        OMPI_COMM_WORLD_SIZE="2",
+        OMPI_COMM_WORLD_RANK=str(i),
+        OMPI_COMM_WORLD_LOCAL_RANK=str(i),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_processes_meet_as_a_scheduler_says(scheduler):
+    code = "from train import processes; processes.join(); import jax; print(jax.process_index(), jax.process_count())"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, **SCHEDULERS[scheduler](i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    assert [child.communicate(timeout=120)[0].split() for child in children] == [["0", "2"], ["1", "2"]]
