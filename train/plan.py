@@ -157,7 +157,8 @@ def target(topology: str) -> Target:
         )
     devices = aot.tpu_devices(topology)
     kind = devices[0].device_kind
-    limits, chips = peak(kind), math.prod(map(int, shape.split("x"))) * len({d.slice_index for d in devices})
+    slices = name.rpartition("*")[0] or "1"
+    limits, chips = peak(kind), math.prod(map(int, (slices, *shape.split("x"))))
     if limits is not None and len(devices) > chips and kind.lower() not in ("tpu v2", "tpu v3"):
         # Each chip is two devices here, which have half of it each.
         half = len(devices) // chips
