@@ -127,7 +127,7 @@ def estimate(g: Geometry, itemsize: int, *, products: int, maps: int, small: int
 
 
 def optional(refs: Sequence[Any], has_bias: bool, has_pad: bool):
-    """Of the references of a body those to the bias and to pad, or to their gradients, None for absent, and the rest."""
+    """Of a body's references those to the bias and to pad, or to their gradients, None for absent, and the rest."""
     refs = list(refs)
     return refs.pop(0) if has_bias else None, refs.pop(0) if has_pad else None, refs
 
