@@ -137,7 +137,8 @@ class Plan:
 
 def _quotient(x, divisor: int):
     """`x // divisor`, 0 for a negative one, without the steps that correct the sign."""
-    return jax.lax.div(jnp.maximum(x, 0), divisor)
+    x = jnp.maximum(x, 0)
+    return jax.lax.div(x, jnp.full_like(x, divisor))
 
 
 @dataclasses.dataclass(frozen=True)
