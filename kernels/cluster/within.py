@@ -1,5 +1,6 @@
 """Routing attention as published: within the clusters that the whole sequence has, gathered and put back."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +61,7 @@ def sequence_attention(
 
     def gather(x, indices):
         """`(B, H, tokens, channels)` to `(B, H, K, w, channels)`."""
-        flat = indices.reshape(b, h, -1, 1)
+        flat = indices.reshape(b, h, math.prod(indices.shape[2:]), 1)
         return jnp.take_along_axis(x, flat, axis=2).reshape(*indices.shape, x.shape[-1])
 
     def per_token(x, indices):
@@ -80,7 +81,8 @@ def sequence_attention(
     def sums(x, indices, tokens):
         """`(B, H, K, w, ...)` summed into `(B, H, tokens, ...)`."""
         add = jax.vmap(jax.vmap(lambda x, i: jax.ops.segment_sum(x, i, tokens)))
-        return add(x.reshape(b, h, -1, *x.shape[indices.ndim :]), indices.reshape(b, h, -1))
+        listed = math.prod(indices.shape[2:])
+        return add(x.reshape(b, h, listed, *x.shape[indices.ndim :]), indices.reshape(b, h, listed))
 
     times = sums(jnp.ones(at.shape, acc), at, n)
     out = sums(out.astype(acc), at, n) / (times[..., None] + epsilon)
