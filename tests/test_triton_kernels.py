@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels import bilevel_attention, delta_rule, gated_linear_attention, window_attention
+from kernels.cluster import routing_attention
 from tests.triton_kernels import compiled_by_triton
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA's programming guide, technical
@@ -34,6 +35,14 @@ def routed(size, channels, heads, region, k, dtype):
     return op, (jax.ShapeDtypeStruct((128, size, size, 3 * channels), dtype), indices)
 
 
+def clustered(tokens, channels, window, dtype):
+    def op(query, value, means):
+        return routing_attention(query, None, value, means, window=window, implementation="pallas_triton")
+
+    rows = jax.ShapeDtypeStruct((4, tokens, 4, channels), dtype)
+    return op, (rows, rows, jax.ShapeDtypeStruct((4, tokens // window, channels), jnp.float32))
+
+
 def recurrence(kind, dtype):
     shape = (4, 8192, 16)
     rows = [jax.ShapeDtypeStruct((*shape, 128), dtype)] * 3
@@ -54,6 +63,8 @@ CASES = {
     "biformer_tiny, stage 1": lambda dtype: routed(56, 64, 2, 8, 1, dtype),
     "biformer_tiny, stage 2": lambda dtype: routed(28, 128, 4, 4, 4, dtype),
     "biformer_tiny, stage 3": lambda dtype: routed(14, 256, 8, 2, 16, dtype),
+    "routing_transformer_enwik8_8k, clusters": lambda dtype: clustered(8192, 128, 512, dtype),
+    "routing_transformer_imagenet64, clusters": lambda dtype: clustered(12288, 64, 2048, dtype),
     "linear": lambda dtype: recurrence("linear", dtype),
     "retention": lambda dtype: recurrence("retention", dtype),
     "decay per token": lambda dtype: recurrence("per token", dtype),
@@ -62,7 +73,7 @@ CASES = {
     "gated delta rule": lambda dtype: recurrence("gated delta", dtype),
 }
 # Of recurrences in float32 Triton's compiler takes minutes, as it writes every product out.
-BY_TILE = [case for case in CASES if "stage" in case]
+BY_TILE = [case for case in CASES if "stage" in case or "clusters" in case]
 
 
 @pytest.mark.slow
