@@ -29,10 +29,13 @@ CASES = {
     "documents and hidden keys": (60, 8, 8, 3, 40, dict(mask=True, documents=True)),
     "itself last, with memories": (40, 8, 4, 3, 20, dict(style="lucidrains", documents=True, memories=3)),
     "itself last, all together": (40, 8, 8, 3, 20, dict(style="lucidrains", causal=False, shared=True)),
+    "last tokens of the best cluster": (90, 8, 4, 3, 20, dict(membership="nearest", mask=True, documents=True)),
+    "itself last, of all so far": (19, 8, 8, 3, 30, dict(membership="nearest", style="lucidrains")),
 }
 RELATIVE = {
     "ranks": (60, 8, 4, 3, 40, dict(reach=9)),
     "ranks over several tiles": (300, 8, 4, 1, 270, dict(reach=70)),
+    "ranks of the last tokens": (700, 8, 4, 2, 300, dict(membership="nearest", reach=70)),
     "ranks of own keys": (40, 8, 4, 3, 20, dict(UNSHARED, reach=50)),
 }
 

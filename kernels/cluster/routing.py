@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from kernels.choices import check_choice
-from kernels.cluster.causal import nearest_attention, prefix_attention
+from kernels.cluster.causal import nearest_attention, nearest_plan, prefix_attention
 from kernels.cluster.centroids import Style
 from kernels.cluster.members import (
     COUNT_EPSILON,
@@ -19,8 +19,7 @@ from kernels.cluster.members import (
     strided_members,
     top_members,
 )
-from kernels.cluster.within import fused, plain, sequence_attention
-from kernels.cluster_plan import Plan
+from kernels.cluster.within import sequence_attention, sequence_plan
 from kernels.dispatch import Implementation, dispatch
 from kernels.masking import check_dropout, document_runs
 from kernels.pallas_gpu import cluster as gpu
@@ -234,7 +233,7 @@ def _compute(
     memory_value,
     dropout_key,
     *,
-    within,
+    backend,
     window,
     key_window,
     style,
@@ -245,7 +244,7 @@ def _compute(
     return_membership,
     **options,
 ):
-    """`within` attends within the clusters of `"sequence"`, see `kernels.cluster.within`."""
+    """`backend` has the kernels that attend within clusters, None is XLA."""
     q, k, query_scores, key_scores = routed(query, key, means, style, assignment)
     operands = (q, k, value.transpose(0, 2, 1, 3))
     tables, masks = (relative_key, relative_value), (key_mask, runs)
@@ -258,13 +257,14 @@ def _compute(
     if membership == "prefix":
         parts = prefix_attention(*operands, on_grid(query_scores), *tables, *masks, window=window, **options)
     elif membership == "nearest":
-        parts = nearest_attention(*operands, query_scores, *tables, *masks, window=window, **options)
+        options |= dict(window=window, backend=backend)
+        parts = nearest_attention(*operands, query_scores, *tables, *masks, **options)
     else:
         choose = strided_members if assignment == "strided" else top_members
         members = choose(query_scores, min(window, query.shape[1]))
         chosen = members if key is None else choose(key_scores, min(key_window, value.shape[1]))
         memory = (memory_key, memory_value)
-        options |= dict(causal=causal, within=within)
+        options |= dict(causal=causal, backend=backend)
         parts = sequence_attention(*operands, (members, chosen), *tables, *masks, *memory, **options)
     out, weights, members = parts
     out = out.transpose(0, 2, 1, 3).astype(value.dtype)
@@ -301,17 +301,22 @@ def _unsupported(
         return "return_weights: a fused kernel never holds the weights; implementation='xla' returns them"
     if dropout_rate:
         return f"dropout_rate={dropout_rate}: a kernel drops no weights; 0 would do"
-    if membership != "sequence":
-        return f"membership={membership!r}: not written; 'sequence' would do"
+    if membership == "prefix":
+        return "membership='prefix' is for evaluation and not written; 'sequence' and 'nearest' would do"
     if relative and memory_key is not None:
         return "memory_key with relative positions: not written; one of them None would do"
-    b, n, h, _ = query.shape
-    slots = 0 if memory_key is None else memory_key.shape[2]
-    clusters = 2 ** means.shape[1] if assignment == "hash" else means.shape[1]
-    sizes = min(window, n), min(key_window, value.shape[1]) + slots
-    plan = Plan(*sizes, query.shape[-1], value.shape[-1], scale, causal, ordered=causal and key is None, offset=slots)
+    (b, n, h, dim), m = query.shape, value.shape[1]
+    widths, fields = (dim, value.shape[-1]), dict(scale=scale)
+    if membership == "nearest":
+        plan = nearest_plan(n, widths, window=window, **fields)
+        clusters = -(-n // max(1, plan.queries))
+    else:
+        slots = 0 if memory_key is None else memory_key.shape[2]
+        fields |= dict(causal=causal, ordered=causal and key is None)
+        plan = sequence_plan(min(window, n), min(key_window, m), widths, slots, **fields)
+        clusters = 2 ** means.shape[1] if assignment == "hash" else means.shape[1]
     dtypes = {str(x.dtype) for x in (query, key, value) if x is not None}
-    return backend.refusal(plan, b * h * clusters, dtypes, max(n, value.shape[1]), relative)
+    return backend.refusal(plan, b * h * clusters, dtypes, max(n, m), relative)
 
 
 def _kernel(backend):
@@ -319,11 +324,11 @@ def _kernel(backend):
     shared = (False,) * 5
     return Implementation(
         backend.name,
-        functools.partial(_compute, within=functools.partial(fused, backend=backend)),
+        functools.partial(_compute, backend=backend),
         functools.partial(_unsupported, backend=backend),
         platforms=backend.platforms,
         batched=(True, True, True, False, True, True, *shared),
     )
 
 
-TABLE = (_kernel(tpu.BACKEND), _kernel(gpu.BACKEND), Implementation("xla", functools.partial(_compute, within=plain)))
+TABLE = (_kernel(tpu.BACKEND), _kernel(gpu.BACKEND), Implementation("xla", functools.partial(_compute, backend=None)))

@@ -1,5 +1,6 @@
 """Routing attention as published: within the clusters that the whole sequence has, gathered and put back."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -49,12 +50,15 @@ def sequence_attention(
     memory_key,
     memory_value,
     *,
-    within,
+    backend,
     epsilon,
     return_weights,
     **options,
 ):
-    """Attention within clusters of listed members, of operands `(B, H, tokens, channels)`, by `plain` or `fused`."""
+    """Attention within clusters of listed members, of operands `(B, H, tokens, channels)`.
+
+    `backend` has the kernels that compute it, None is XLA.
+    """
     b, h, n, _ = query.shape
     at, of = members
     acc = accumulator_dtype(query.dtype)
@@ -76,6 +80,7 @@ def sequence_attention(
     )
     # A key that is seen has no higher rank than the query only if both are ranked alike.
     ordered = options["causal"] and at is of
+    within = plain if backend is None else functools.partial(fused, backend=backend)
     out, weights = within(clusters, ordered=ordered, **options)
 
     def sums(x, indices, tokens):
@@ -129,7 +134,12 @@ def plain(clusters: Clusters, *, causal, ordered, scale, self_logit, dropout_rat
     return out, weights[..., slots:]
 
 
-def fused(clusters: Clusters, *, backend: Backend, causal, ordered, scale, self_logit, dropout_rate, dropout_key):
+def sequence_plan(queries: int, keys: int, widths, slots: int, *, ordered: bool, **fields) -> Plan:
+    """What `fused` computes of clusters with `slots` memories; `widths` are those of keys and values."""
+    return Plan(queries, keys + slots, *widths, ordered=ordered, offset=slots, common=slots > 0, **fields)
+
+
+def fused(clusters: Clusters, *, backend: Backend, ordered, dropout_rate, dropout_key, **fields):
     """Outputs `(B, H, K, w, E)` in the dtype of the operands, by a backend's kernels, and None for the weights."""
     q, k, v, at, of = clusters[:5]
     runs = clusters.runs
@@ -137,9 +147,9 @@ def fused(clusters: Clusters, *, backend: Backend, causal, ordered, scale, self_
         runs = jnp.zeros_like(at), jnp.zeros_like(of)
     if clusters.present is not None:
         runs = runs[0], jnp.where(clusters.present, runs[1], NO_KEY)
-    slots = 0
-    if clusters.memory_key is not None:
-        slots = clusters.memory_key.shape[2]
+    slots = 0 if clusters.memory_key is None else clusters.memory_key.shape[2]
+    plan = sequence_plan(q.shape[3], k.shape[3], (q.shape[4], v.shape[4]), slots, ordered=ordered, **fields)
+    if slots:
 
         def remembered(memory, x):
             return jnp.concatenate([jnp.broadcast_to(memory.astype(x.dtype), (len(x), *memory.shape)), x], axis=3)
@@ -149,12 +159,5 @@ def fused(clusters: Clusters, *, backend: Backend, causal, ordered, scale, self_
         # No token has their position, and none is before it.
         of = jnp.pad(of, before, constant_values=-1)
         runs = runs[0], jnp.pad(runs[1], before, constant_values=COMMON)
-    plan = Plan(
-        *(q.shape[3], k.shape[3], q.shape[4], v.shape[4], scale, causal),
-        ordered=ordered,
-        offset=slots,
-        self_logit=self_logit,
-        common=slots > 0,
-    )
     places = (at, runs[0]), (of, runs[1])
     return attend(backend, plan, q, k, v, *places, clusters.relative_key, clusters.relative_value), None
