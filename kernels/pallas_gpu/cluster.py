@@ -23,7 +23,7 @@ def _blocks(plan: Plan, dtype) -> dict[str, int]:
     def tile(tokens):
         return max(16, min(64 if dtype == jnp.bfloat16 else 32, tuning.bucket(tokens)))
 
-    narrow = dtype == jnp.float32 or max(plan.dim, plan.value_dim) <= 64
+    narrow = max(plan.dim, plan.value_dim) <= 64
     default = dict(queries=tile(plan.queries), keys=tile(plan.keys), warps=4 if narrow else 8, stages=2)
     bucket = dict(queries=tuning.bucket(plan.queries), keys=tuning.bucket(plan.keys), dim=tuning.bucket(plan.dim))
     return tuning.blocks("cluster", "gpu", default, **bucket, dtype=str(dtype))
