@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton
 
 from kernels import block_sparse_plan, compat, tuning
 from kernels.block_sparse_plan import Plan, inverted
+from kernels.pallas_gpu.tiles import side
 
 # Rows of a tile by the bytes of a number, and bytes of a tile at most: a product in float32 has no matrix instruction
 # and holds both its operands in registers.
@@ -44,28 +45,29 @@ def attend(plan: Plan, arrays, lists, weights=None, valid=None, mask=None):
     return block_sparse_plan.attend(plan, _forward, _backward, arrays, lists, weights, *bits)
 
 
-def _power(size: int) -> int:
-    return pl.next_power_of_2(size)
-
-
 def _tile(tokens: int, width: int, dtype) -> int:
-    """Rows of a tile: a power of two, at least the 16 of a matrix instruction."""
+    """Rows of a tile."""
     itemsize = jnp.dtype(dtype).itemsize
-    most = max(16, min(TILES[itemsize], TILE_BYTES // (_power(width) * itemsize)))
-    return max(16, min(_power(tokens), most))
+    most = max(16, min(TILES[itemsize], TILE_BYTES // (pl.next_power_of_2(width) * itemsize)))
+    return min(side(tokens), most)
 
 
 def _blocks(plan: Plan, dtype) -> dict[str, int]:
     width = max(plan.dim, plan.value_dim)
     default = dict(
         queries=_tile(plan.query.tokens, width, dtype),
-        keys=_tile(plan.k * _power(plan.key.tokens), width, dtype),
+        keys=_tile(plan.k * pl.next_power_of_2(plan.key.tokens), width, dtype),
         own_keys=_tile(plan.key.tokens, width, dtype),
-        listing_queries=_tile(plan.query.count * _power(plan.query.tokens), width, dtype),
+        listing_queries=_tile(plan.query.count * pl.next_power_of_2(plan.query.tokens), width, dtype),
         warps=4 if jnp.dtype(dtype).itemsize == 4 or plan.query.tokens > 32 else 2,
         stages=2,
     )
-    bucket = dict(tokens=tuning.bucket(plan.query.tokens), k=tuning.bucket(plan.k), dim=_power(width), dtype=str(dtype))
+    bucket = dict(
+        tokens=tuning.bucket(plan.query.tokens),
+        k=tuning.bucket(plan.k),
+        dim=pl.next_power_of_2(width),
+        dtype=str(dtype),
+    )
     return tuning.blocks("block_sparse", "gpu", default, **bucket)
 
 
@@ -83,7 +85,7 @@ class _Channels:
 
     def __init__(self, batch, first, width: int):
         self.batch, self.width = batch, width
-        self.channels = _range(max(16, _power(width)))
+        self.channels = _range(side(width))
         self.first = first
 
     def _at(self, ref, rows, inside, outside=(0, 0)):
@@ -147,7 +149,7 @@ def _listed(plan: Plan, tile: int, step, block, heads, lists, weights, valid):
     Returns:
         Entries of the list, tokens of their blocks, rows, whether they are loaded, whether they are seen, and factors.
     """
-    padded = _power(plan.key.tokens)
+    padded = pl.next_power_of_2(plan.key.tokens)
     place = _range(tile, step * tile)
     entry, token = jax.lax.div(place, jnp.full_like(place, padded)), jax.lax.rem(place, jnp.full_like(place, padded))
     real = (entry < plan.k) & (token < plan.key.tokens)
@@ -173,7 +175,7 @@ def _forward_body(*refs, plan: Plan, tiles: dict[str, int], present):
     heads = _Heads(plan)
     block, rows, inside = _own(plan.query, tiles["queries"])
     q = heads.query.load(query, rows, inside)
-    steps = -(-plan.k * _power(plan.key.tokens) // tiles["keys"])
+    steps = -(-plan.k * pl.next_power_of_2(plan.key.tokens) // tiles["keys"])
 
     def step(i, carry):
         acc, peak, total = carry
@@ -223,7 +225,7 @@ def _query_body(*refs, plan: Plan, tiles: dict[str, int], present):
     mean = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=1)
     _put(means, heads.batch, heads.head, rows, value=mean, mask=inside)
     tile = jax.lax.rem(pl.program_id(0), -(-plan.query.tokens // tiles["queries"]))
-    steps = -(-plan.k * _power(plan.key.tokens) // tiles["keys"])
+    steps = -(-plan.k * pl.next_power_of_2(plan.key.tokens) // tiles["keys"])
 
     def step(i, acc):
         entry, token, row, loaded, seen, factor = _listed(plan, tiles["keys"], i, block, heads, lists, weights, valid)
@@ -265,7 +267,7 @@ def _key_body(*refs, plan: Plan, tiles: dict[str, int], present):
         seen = seen & (_gather(valid, heads.batch, rows, mask=inside) != 0)
     k, v = heads.key.load(key, rows, inside), heads.value.load(value, rows, inside)
     start, end = starts[heads.batch, block], starts[heads.batch, block + 1]
-    padded, tile = _power(plan.query.tokens), tiles["listing_queries"]
+    padded, tile = pl.next_power_of_2(plan.query.tokens), tiles["listing_queries"]
 
     def step(i, carry):
         key_acc, value_acc = carry
@@ -362,7 +364,7 @@ def _backward(plan: Plan, arrays, lists, weights, valid, mask, kept, cotangent):
     batch, tokens = operands[0].shape[:2]
     tiles = _blocks(plan, operands[0].dtype)
     extras = _flat(lists, weights, valid, mask)
-    padded = _power(plan.key.tokens)
+    padded = pl.next_power_of_2(plan.key.tokens)
     parts = -(-plan.query.tokens // tiles["queries"])
     outputs = [(operands[0].shape, operands[0].dtype), (summed.shape, summed.dtype)]
     if weights is not None:

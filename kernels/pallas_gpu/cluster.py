@@ -12,16 +12,14 @@ from jax.experimental import pallas as pl
 
 from kernels import compat, tuning
 from kernels.cluster_plan import Backend, Plan
-from kernels.pallas_gpu.tiles import dot
+from kernels.pallas_gpu.tiles import dot, side
 
 INT32 = 2**31
 
 
 def _blocks(plan: Plan, dtype) -> dict[str, int]:
-    """Tiles of powers of two, at least the 16 of a matrix instruction."""
-
     def tile(tokens):
-        return max(16, min(64 if dtype == jnp.bfloat16 else 32, tuning.bucket(tokens)))
+        return min(side(tokens), 64 if dtype == jnp.bfloat16 else 32)
 
     narrow = max(plan.dim, plan.value_dim) <= 64
     default = dict(queries=tile(plan.queries), keys=tile(plan.keys), warps=4 if narrow else 8, stages=2)
@@ -37,7 +35,7 @@ def _tiles(plan: Plan, dtype) -> tuple[int, int]:
 def _unsupported(plan: Plan, clusters: int, dtype, relative: bool) -> str | None:
     if relative:
         return "relative_key and relative_value: not written for GPUs; None would do"
-    width = max(16, tuning.bucket(max(plan.dim, plan.value_dim)))
+    width = side(max(plan.dim, plan.value_dim))
     size = clusters * width * max(plan.query_tiles * plan.query_tile, plan.key_tiles * plan.key_tile)
     if size >= INT32:
         return f"all clusters have {size} elements, which 32 bits cannot count; a smaller batch would do"
@@ -176,7 +174,7 @@ def _call(body, name: str, plan: Plan, tiles: int, operands, results, by_dim: in
 
 def _widened(x):
     """Channels filled up to a power of two."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, max(16, tuning.bucket(x.shape[-1])) - x.shape[-1])))
+    return jnp.pad(x, ((0, 0), (0, 0), (0, side(x.shape[-1]) - x.shape[-1])))
 
 
 def _of(shape, dtype=jnp.float32):

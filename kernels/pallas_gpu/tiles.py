@@ -61,6 +61,11 @@ def launch(
     return tuple(made)
 
 
+def side(size: int) -> int:
+    """The side of a tile that holds so many: a power of two, at least the 16 of a matrix instruction."""
+    return max(16, pl.next_power_of_2(size))
+
+
 def width(size: int, dtype: Any, most: int = 64) -> int:
     """Channels of an operand that are loaded at once; of float32 32 at most."""
     return min(size, most if dtype == jnp.bfloat16 else min(most, 32))
