@@ -1,10 +1,15 @@
 """What kernels of attention within clusters share: calls served, operands in tiles, gradients, costs.
 
 Every cluster is a batch element of its own: its queries attend to its keys, of which data say who sees whom. After the
-gather that puts a cluster's tokens side by side, which moves as many bytes as the tokens have, nothing depends on
-where they came from. The floor of the attention is `2 * (D + E)` operations a pair that is seen, forward, and
-`2 * (3 D + 2 E)` backward; its bytes are queries, keys, values and results once: at 512 tokens of 128 channels a
-thirtieth of what the logits alone would be, read and written a few times.
+gather that puts a cluster's tokens side by side nothing depends on where they came from. The floor of the attention is
+`2 * (D + E)` operations a pair that is seen, forward, and `2 * (3 D + 2 E)` backward, as much again for relative
+positions; its bytes are queries, keys, values and results once, which is what a gather moves too: of 512 tokens of 128
+channels half of what their logits would be, written once.
+
+A layer of `routing_transformer_enwik8_8k` (4 rows of 8,192 tokens, 4 heads of 128 channels, 16 clusters of 512, Shaw's
+positions, bfloat16) compiled for a TPU v5e moves 2.0 GB for its output where XLA's form moves 8.1, and 3.5 with the
+gradients where that moves 14.7, by the compiler's count; 172 MB of it are held, not 948. The kernels' own part of the
+first is 0.16 GB: what is left is the choice of the members, the gather and the sums over clusters.
 
 A backend is functions of a module, described by `Backend`:
 
@@ -21,7 +26,6 @@ groups. `logs` are the logarithms of the softmaxes' sums, 0 for a query that see
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +35,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from kernels import compat
+from kernels.cost import tree_bytes
 
 DTYPES = ("bfloat16", "float32")
 # Heads wider than this would not leave a GPU enough registers.
@@ -131,7 +136,7 @@ class Plan:
         return pl.CostEstimate(
             flops=2 * pairs * (by_dim * self.dim + by_value_dim * self.value_dim),
             transcendentals=pairs,
-            bytes_accessed=sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(moved)),
+            bytes_accessed=tree_bytes(moved),
         )
 
 

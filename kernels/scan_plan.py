@@ -24,7 +24,6 @@ decay, which fill the last chunk, leave the state as it is.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +33,7 @@ from jax.experimental import pallas as pl
 
 from kernels import compat
 from kernels.chunks import document_starts
+from kernels.cost import tree_bytes
 from kernels.dispatch import Implementation
 
 # exp(FLOOR) is less than half the smallest float32 there is; 128 of them are a sum that `decay_sums` still has exact.
@@ -228,5 +228,5 @@ def transcendentals(kind: str, chunk: int, channels: int, decayed: bool) -> int:
 
 def estimate(flops: int, transcendentals: int, operands: Any, results: Any) -> pl.CostEstimate:
     """The cost of a kernel that reads its operands and writes its results once."""
-    moved = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves((operands, results)))
+    moved = tree_bytes((operands, results))
     return pl.CostEstimate(flops=flops, transcendentals=transcendentals, bytes_accessed=moved)
