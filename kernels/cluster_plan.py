@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from kernels import compat
+from kernels import compat, tuning
 from kernels.cost import tree_bytes
 
 DTYPES = ("bfloat16", "float32")
@@ -62,6 +62,7 @@ class Plan:
         window: of a query's keys only those of the last `window` positions are seen, and ranks; None for all.
         self_logit: what a query's logit for the key of its own position is, None for the product.
         common: there are keys that all see.
+        relative: there is a table.
         query_tile, key_tile: tokens that are computed at once.
     """
 
@@ -76,8 +77,15 @@ class Plan:
     window: int | None = None
     self_logit: float | None = None
     common: bool = False
+    relative: bool = False
     query_tile: int = 0
     key_tile: int = 0
+
+    @property
+    def bucket(self) -> dict[str, Any]:
+        """What an entry of `kernels.tuning` is for, but for the dtype."""
+        sizes = dict(queries=self.queries, keys=self.keys, dim=max(self.dim, self.value_dim))
+        return {name: tuning.bucket(size) for name, size in sizes.items()} | dict(relative=self.relative)
 
     @property
     def query_tiles(self) -> int:
@@ -154,8 +162,8 @@ class Backend:
         name, platforms: as in `kernels.dispatch.Implementation`.
         forward, backward: see above.
         tiles: `tiles(plan, dtype)`, the tokens of a tile of queries and of one of keys.
-        unsupported: `unsupported(plan, clusters, dtype, relative)` says why a call cannot be served, or None; the plan
-            has its tiles, `relative` says whether there are tables.
+        unsupported: `unsupported(plan, clusters, dtype)` says why a call cannot be served, or None; the plan has its
+            tiles.
     """
 
     name: str
@@ -170,7 +178,7 @@ class Backend:
         query_tile, key_tile = self.tiles(plan, jnp.dtype(dtype))
         return dataclasses.replace(plan, query_tile=query_tile, key_tile=key_tile)
 
-    def refusal(self, plan: Plan, clusters: int, dtypes: set[str], tokens: int, relative: bool) -> str | None:
+    def refusal(self, plan: Plan, clusters: int, dtypes: set[str], tokens: int) -> str | None:
         """Why no such call can be served, or None.
 
         Args:
@@ -178,7 +186,6 @@ class Backend:
             clusters: of all heads and the whole batch.
             dtypes: names of those of queries, keys and values.
             tokens: of a sequence, which positions count.
-            relative: whether there are tables.
         """
         if len(dtypes) > 1 or not dtypes <= set(DTYPES):
             return f"operands are {' and '.join(sorted(dtypes))}; all bfloat16 or all float32 would do"
@@ -190,7 +197,7 @@ class Backend:
         if tokens >= MAX_TOKENS:
             return f"there are {tokens} tokens; fewer than {MAX_TOKENS} would do"
         dtype = jnp.dtype(*dtypes)
-        return self.unsupported(self.tiled(plan, dtype), clusters, dtype, relative)
+        return self.unsupported(self.tiled(plan, dtype), clusters, dtype)
 
 
 def attend(backend: Backend, plan: Plan, query, key, value, query_places, key_places, key_table, value_table):
@@ -205,7 +212,8 @@ def attend(backend: Backend, plan: Plan, query, key, value, query_places, key_pl
     Returns:
         `(*clusters, n, E)` in the dtype of the operands.
     """
-    plan = backend.tiled(plan, query.dtype)
+    relative = not (key_table is None and value_table is None)
+    plan = backend.tiled(dataclasses.replace(plan, relative=relative), query.dtype)
 
     def filled(x, tile):
         """`(*clusters, tokens, channels)` as `(G, whole tiles, channels)`."""

@@ -35,12 +35,14 @@ def routed(size, channels, heads, region, k, dtype):
     return op, (jax.ShapeDtypeStruct((128, size, size, 3 * channels), dtype), indices)
 
 
-def clustered(tokens, channels, window, dtype):
-    def op(query, value, means):
-        return routing_attention(query, None, value, means, window=window, implementation="pallas_triton")
+def clustered(tokens, channels, window, dtype, *, ranks=False):
+    def op(query, value, means, table):
+        options = dict(window=window, relative_key=table, relative_value=table, implementation="pallas_triton")
+        return routing_attention(query, None, value, means, **options)
 
     rows = jax.ShapeDtypeStruct((4, tokens, 4, channels), dtype)
-    return op, (rows, rows, jax.ShapeDtypeStruct((4, tokens // window, channels), jnp.float32))
+    means = jax.ShapeDtypeStruct((4, tokens // window, channels), jnp.float32)
+    return op, (rows, rows, means, jax.ShapeDtypeStruct((2 * window + 1, channels), dtype) if ranks else None)
 
 
 def recurrence(kind, dtype):
@@ -63,7 +65,7 @@ CASES = {
     "biformer_tiny, stage 1": lambda dtype: routed(56, 64, 2, 8, 1, dtype),
     "biformer_tiny, stage 2": lambda dtype: routed(28, 128, 4, 4, 4, dtype),
     "biformer_tiny, stage 3": lambda dtype: routed(14, 256, 8, 2, 16, dtype),
-    "routing_transformer_enwik8_8k, clusters": lambda dtype: clustered(8192, 128, 512, dtype),
+    "routing_transformer_enwik8_8k, clusters": lambda dtype: clustered(8192, 128, 512, dtype, ranks=True),
     "routing_transformer_imagenet64, clusters": lambda dtype: clustered(12288, 64, 2048, dtype),
     "linear": lambda dtype: recurrence("linear", dtype),
     "retention": lambda dtype: recurrence("retention", dtype),

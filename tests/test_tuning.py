@@ -169,7 +169,7 @@ def test_a_measured_choice_changes_the_delta_rule_on_a_tpu(stored):
 
 
 def test_a_measured_choice_changes_the_tiles_of_clusters(stored):
-    shape = {"queries": 512, "keys": 512, "dim": 32, "dtype": "float32"}
+    shape = {"queries": 512, "keys": 512, "dim": 32, "relative": False, "dtype": "float32"}
     stored({"op": "cluster", "shape": shape, "blocks": {"queries": 64, "keys": 128, "warps": 8}})
     op, *arrays = routed("pallas_triton")
     with on("NVIDIA H100"):

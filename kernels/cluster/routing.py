@@ -306,7 +306,7 @@ def _unsupported(
     if relative and memory_key is not None:
         return "memory_key with relative positions: not written; one of them None would do"
     (b, n, h, dim), m = query.shape, value.shape[1]
-    widths, fields = (dim, value.shape[-1]), dict(scale=scale)
+    widths, fields = (dim, value.shape[-1]), dict(scale=scale, relative=relative)
     if membership == "nearest":
         plan = nearest_plan(n, widths, window=window, **fields)
         clusters = -(-n // max(1, plan.queries))
@@ -316,7 +316,7 @@ def _unsupported(
         plan = sequence_plan(min(window, n), min(key_window, m), widths, slots, **fields)
         clusters = 2 ** means.shape[1] if assignment == "hash" else means.shape[1]
     dtypes = {str(x.dtype) for x in (query, key, value) if x is not None}
-    return backend.refusal(plan, b * h * clusters, dtypes, max(n, m), relative)
+    return backend.refusal(plan, b * h * clusters, dtypes, max(n, m))
 
 
 def _kernel(backend):

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton
 
 from kernels import block_sparse_plan, compat, tuning
 from kernels.block_sparse_plan import Plan, inverted
-from kernels.pallas_gpu.tiles import side
+from kernels.pallas_gpu.tiles import gather, put, side
 
 # Rows of a tile by the bytes of a number, and bytes of a tile at most: a product in float32 has no matrix instruction
 # and holds both its operands in registers.
@@ -105,21 +105,9 @@ class _Channels:
         return triton.load(at, mask=mask, other=0.0)
 
     def store(self, ref, rows, inside, value):
-        # Interpreted, what the mask leaves out is written too, as it was before: not over what is new.
+        # See `put`.
         at, mask = self._at(ref, rows, inside, outside=ref.shape[1:])
         triton.store(at, value.astype(ref.dtype), mask=mask)
-
-
-def _put(ref, *index, value, mask):
-    """Writes single entries, the last index being an array; see `_Channels.store`."""
-    index = (*index[:-1], jnp.where(mask, index[-1], ref.shape[-1]))
-    triton.store(ref.at[index], value, mask=mask)
-
-
-def _gather(ref, *index, mask, other=0):
-    """Single entries, `other` where the mask is False."""
-    index = tuple(jnp.where(mask, i, 0) if getattr(i, "ndim", 0) else i for i in index)
-    return triton.load(ref.at[index], mask=mask, other=other)
 
 
 class _Heads:
@@ -153,21 +141,21 @@ def _listed(plan: Plan, tile: int, step, block, heads, lists, weights, valid):
     place = _range(tile, step * tile)
     entry, token = jax.lax.div(place, jnp.full_like(place, padded)), jax.lax.rem(place, jnp.full_like(place, padded))
     real = (entry < plan.k) & (token < plan.key.tokens)
-    listed = _gather(lists, heads.batch, block * plan.k + entry, mask=real, other=-1)
+    listed = gather(lists, heads.batch, block * plan.k + entry, mask=real, other=-1)
     seen = listed >= 0
     row, inside = plan.key.place(jnp.where(seen, listed, 0), token)
     if valid is not None:
-        seen = seen & (_gather(valid, heads.batch, row, mask=seen) != 0)
+        seen = seen & (gather(valid, heads.batch, row, mask=seen) != 0)
     factor = None
     if weights is not None:
-        factor = _gather(weights, heads.batch, block * plan.k + entry, mask=seen, other=0.0).astype(jnp.float32)
+        factor = gather(weights, heads.batch, block * plan.k + entry, mask=seen, other=0.0).astype(jnp.float32)
     return entry, token, row, seen & inside, seen, factor
 
 
 def _masked(mask, batch, queries, columns, both):
     """Where `mask` lets a query see a listed key; indices and `both` have the same shape."""
     batch = batch if mask.shape[0] > 1 else 0
-    return both & (_gather(mask, batch, queries, columns, mask=both) != 0)
+    return both & (gather(mask, batch, queries, columns, mask=both) != 0)
 
 
 def _forward_body(*refs, plan: Plan, tiles: dict[str, int], present):
@@ -209,7 +197,7 @@ def _forward_body(*refs, plan: Plan, tiles: dict[str, int], present):
     some = total != 0
     heads.out.store(out, rows, inside, acc / jnp.where(some, total, 1.0)[:, None])
     log = jnp.where(some, peak + jnp.log(jnp.where(some, total, 1.0)), 0.0)
-    _put(summed, heads.batch, heads.head, rows, value=log, mask=inside)
+    put(summed, heads.batch, heads.head, rows, value=log, mask=inside)
 
 
 def _query_body(*refs, plan: Plan, tiles: dict[str, int], present):
@@ -221,9 +209,9 @@ def _query_body(*refs, plan: Plan, tiles: dict[str, int], present):
     block, rows, inside = _own(plan.query, tiles["queries"])
     q = heads.query.load(query, rows, inside)
     do, o = heads.out.load(cotangent, rows, inside), heads.out.load(out, rows, inside)
-    log = _gather(summed, heads.batch, heads.head, rows, mask=inside, other=0.0)
+    log = gather(summed, heads.batch, heads.head, rows, mask=inside, other=0.0)
     mean = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=1)
-    _put(means, heads.batch, heads.head, rows, value=mean, mask=inside)
+    put(means, heads.batch, heads.head, rows, value=mean, mask=inside)
     tile = jax.lax.rem(pl.program_id(0), -(-plan.query.tokens // tiles["queries"]))
     steps = -(-plan.k * pl.next_power_of_2(plan.key.tokens) // tiles["keys"])
 
@@ -243,7 +231,7 @@ def _query_body(*refs, plan: Plan, tiles: dict[str, int], present):
             by_key = jnp.sum(ds * products + jnp.where(both, p * plain, 0.0), axis=0)
             place = _range(tiles["keys"], i * tiles["keys"])
             wanted = place < rest[5].shape[-1]
-            _put(rest[5], heads.batch, heads.head, tile, block, place, value=by_key, mask=wanted)
+            put(rest[5], heads.batch, heads.head, tile, block, place, value=by_key, mask=wanted)
             ds = ds * factor[None, :]
         return acc + _dot(ds.astype(k.dtype), k)
 
@@ -264,7 +252,7 @@ def _key_body(*refs, plan: Plan, tiles: dict[str, int], present):
     number = _range(tiles["own_keys"], jax.lax.rem(pl.program_id(0), own_tiles) * tiles["own_keys"])
     seen = number < plan.key.tokens
     if valid is not None:
-        seen = seen & (_gather(valid, heads.batch, rows, mask=inside) != 0)
+        seen = seen & (gather(valid, heads.batch, rows, mask=inside) != 0)
     k, v = heads.key.load(key, rows, inside), heads.value.load(value, rows, inside)
     start, end = starts[heads.batch, block], starts[heads.batch, block + 1]
     padded, tile = pl.next_power_of_2(plan.query.tokens), tiles["listing_queries"]
@@ -274,15 +262,15 @@ def _key_body(*refs, plan: Plan, tiles: dict[str, int], present):
         row = _range(tile, i * tile)
         at, token = start + jax.lax.div(row, jnp.full_like(row, padded)), jax.lax.rem(row, jnp.full_like(row, padded))
         real = (at < end) & (token < plan.query.tokens)
-        place = _gather(places, heads.batch, at, mask=real)
+        place = gather(places, heads.batch, at, mask=real)
         asking = jax.lax.div(place, jnp.full_like(place, plan.k))
         query_row, on_map = plan.query.place(asking, token)
         on_map = on_map & real
         q, do = heads.query.load(query, query_row, on_map), heads.out.load(cotangent, query_row, on_map)
-        log, mean = (_gather(x, heads.batch, heads.head, query_row, mask=on_map, other=0.0) for x in (summed, means))
+        log, mean = (gather(x, heads.batch, heads.head, query_row, mask=on_map, other=0.0) for x in (summed, means))
         logits = _dot(k, q, trans_b=True) * plan.scale
         if weights is not None:
-            factor = _gather(weights, heads.batch, place, mask=on_map, other=0.0).astype(jnp.float32)[None, :]
+            factor = gather(weights, heads.batch, place, mask=on_map, other=0.0).astype(jnp.float32)[None, :]
             logits = logits * factor
         both = seen[:, None] & on_map[None, :]
         if mask is not None:

@@ -27,13 +27,12 @@ def _tiles(plan: Plan, dtype) -> tuple[int, int]:
         return 128 if tokens <= 128 else 256
 
     default = dict(queries=tile(plan.queries), keys=tile(plan.keys))
-    bucket = dict(queries=tuning.bucket(plan.queries), keys=tuning.bucket(plan.keys), dim=tuning.bucket(plan.dim))
-    found = tuning.blocks("cluster", "tpu", default, **bucket, dtype=str(dtype))
+    found = tuning.blocks("cluster", "tpu", default, **plan.bucket, dtype=str(dtype))
     return found["queries"], found["keys"]
 
 
-def _unsupported(plan: Plan, clusters: int, dtype, relative: bool) -> str | None:
-    need = _vmem(plan, dtype, relative)
+def _unsupported(plan: Plan, clusters: int, dtype) -> str | None:
+    need = _vmem(plan, dtype)
     if need > VMEM_BYTES:
         return (
             f"a cluster of {plan.queries} queries and {plan.keys} keys takes {need / 2**20:.0f} MiB of fast memory, of "
@@ -42,13 +41,13 @@ def _unsupported(plan: Plan, clusters: int, dtype, relative: bool) -> str | None
     return None
 
 
-def _vmem(plan: Plan, dtype, relative: bool) -> int:
+def _vmem(plan: Plan, dtype) -> int:
     """Bytes that the gradient, which takes more than the result, has in fast memory."""
     queries, keys = plan.query_tiles * plan.query_tile, plan.key_tiles * plan.key_tile
     wide = 128
     # Queries, outputs and their gradients, keys and values with theirs, all twice; sums of the keys' gradients.
     rows = 2 * (4 * queries + 4 * keys) * wide * dtype.itemsize + 2 * keys * wide * 4
-    if relative:
+    if plan.relative:
         rows += 2 * 2 * (queries + keys) * wide * (dtype.itemsize + 4)
     return rows + 12 * plan.query_tile * (plan.query_tile + plan.key_tile) * 4
 
