@@ -1,6 +1,7 @@
 """A model's inference and its training step, compiled and timed as `kernels.bench` times ops."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -187,10 +188,10 @@ def _rows(each: Job, limits: Limits, effort: Effort, directions: Sequence[str]) 
     for direction in directions:
         group = [blank(each, direction, "zoo", device.device_kind, device.platform)]
         if built is None:
-            built = attempt(group[0], lambda: _Built(each, device))
+            built = attempt(group[0], functools.partial(_Built, each, device))
         started = []
         if built is not None:
-            timed = attempt(group[0], lambda: built.start(direction, group[0], limits))
+            timed = attempt(group[0], functools.partial(built.start, direction, group[0], limits))
             started += [(group[0], timed)] if timed is not None else []
         for peer in each.peers:
             row = blank(each, direction, peer.name, device.device_kind, device.platform)
@@ -203,7 +204,7 @@ def _rows(each: Job, limits: Limits, effort: Effort, directions: Sequence[str]) 
                 getattr(group[0], name) for name in ("flops", "bytes", "floor_ms", "bound")
             )
             row.floor_source = group[0].floor_source
-            timed = attempt(row, lambda: peer.start(direction, row), is_peer=True)
+            timed = attempt(row, functools.partial(peer.start, direction, row), is_peer=True)
             started += [(row, timed)] if timed is not None else []
         if started:
             time_together(started, effort.repeats, effort.target, effort.budget)

@@ -1,4 +1,4 @@
-"""timm's implementation of a model, eager and compiled, where it is installed: what `train.model_steps` times beside."""
+"""timm's implementation of a model, eager and compiled, where it is installed, to be timed beside ours."""
 
 import functools
 import importlib
@@ -12,7 +12,7 @@ import numpy as np
 
 from kernels.bench.rows import Row
 from kernels.bench.timing import Timed
-from train.model_steps import SETS, Job, Peer
+from train.model_steps import SETS, Peer
 
 MODULES = ("timm", "torch")
 # Families of the zoo whose models have timm's names and are built as timm builds them.
