@@ -57,7 +57,7 @@ OVERRIDES = {
 # Embeddings that enter scaled: in a thousand steps Gated DeltaNet learns 16 pairs only with them, softmax attention
 # learns 4 only without. What else has a state of fixed size is treated like Gated DeltaNet, so that rows compare.
 SCALED = ("linear_attention", "retnet", "lightning", "gla", "hgrn2", "deltanet", "gated_deltanet")
-# Of the small tasks: two heads of 8 x 16 numbers. A memory's keys are as wide as its values: it has four of 8 x 8, but a
+# Of the small tasks: two heads of 8 x 16 numbers. A memory's keys are as wide as its values: it has four of 8 x 8, in a
 # state twice as large, since it also keeps what they were when the chunk began.
 SMALL = dict(width=32, mlp_hidden=64)
 SMALL_STATE = {

@@ -10,7 +10,6 @@ import xml.etree.ElementTree
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from etils import epath
 
@@ -278,7 +277,7 @@ def test_states_of_the_small_preset_are_those_of_two_matrices():
     # And where in the row it is.
     assert sizes["gated_deltanet"] == layers * (matrices + taps + keys) + 4
     assert sizes["linear_attention"] == sizes["retnet"] == sizes["gated_deltanet"]
-    # A memory of as many numbers, once as it is and once as it was when its chunk began; its keys are as wide as values.
+    # A memory of as many numbers, as it is and as it was when its chunk began; its keys are as wide as its values.
     assert sizes["yaad"] >= layers * (2 * matrices + 3 * taps)
     # Keys and values of every token.
     assert sizes["transformer"] >= layers * 2 * 32 * 32 * 4
