@@ -34,9 +34,8 @@ ENCODER_DECODER = ("copy", "sort")
 
 # Small tasks that two cores of a CPU learn in a minute, and Zoology's own examples, arXiv:2312.04927, appendix E: batch
 # and steps are 64 epochs of 100,000. Passkeys at the same lengths stand beside them.
-_SMALL = dict(num_tokens=64, random_non_queries=False, num_kv_pairs=8)
 BENCH = {
-    "mqar_small": ("mqar", 32, _SMALL, 64, 800),
+    "mqar_small": ("mqar", 32, dict(_MQAR, num_kv_pairs=4), 64, 600),
     "passkey_small": ("passkey", 32, dict(num_tokens=32, digits=4), 64, 400),
     "mqar_64x4": ("mqar_zoology", 64, dict(num_kv_pairs=4), 512, 12_500),
     "mqar_128x8": ("mqar_zoology", 128, dict(num_kv_pairs=8), 512, 12_500),
@@ -57,15 +56,12 @@ OVERRIDES = {
 # Embeddings that enter scaled: in a thousand steps Gated DeltaNet learns 16 pairs only with them, softmax attention
 # learns 4 only without. What else has a state of fixed size is treated like Gated DeltaNet, so that rows compare.
 SCALED = ("linear_attention", "retnet", "lightning", "gla", "hgrn2", "deltanet", "gated_deltanet")
-# Of the small tasks: two heads of 8 x 16 numbers. A memory's keys are as wide as its values: it has four of 8 x 8, in a
-# state twice as large, since it also keeps what they were when the chunk began.
-SMALL = dict(width=32, mlp_hidden=64)
-SMALL_STATE = {
-    **{name: dict(key_ratio=0.5) for name in SCALED},
-    **{name: dict(memory="matrix", num_heads=4) for name in ("moneta", "yaad", "memora")},
-}
-# The better of 1e-2 and 4e-3 on a seed that no table has.
-SMALL_LR = dict(deltanet=4e-3, gated_deltanet=4e-3)
+# Of the small tasks: memories that have as many numbers as the matrices of the others, in a state twice as large, since
+# it also keeps what they were when the chunk began.
+SMALL_STATE = {name: dict(memory="matrix") for name in ("moneta", "yaad", "memora")}
+# Where it is not 3e-3. A short run at too low a rate says nothing of what a state can hold: of four pairs among 64
+# tokens linear attention told 28 % after 300 steps at 3e-3 and 93 % at 1e-2; Gated DeltaNet told 95 and 58 %.
+SMALL_LR = dict(linear_attention=1e-2)
 # Of two blocks, where three to one does not go.
 PATTERNS = {"hgrn2_h": "HA", "gated_deltanet_h": "GA"}
 
@@ -133,8 +129,8 @@ def _bench(config: ml_collections.ConfigDict, task: str, mixer: str) -> None:
     config.eval_every = 0
     config.log_every = 100
     if task.endswith("_small"):
-        config.model.overrides.update(SMALL | SMALL_STATE.get(mixer, {}))
-        config.optim.lr = SMALL_LR.get(mixer, 1e-2)
+        config.model.overrides.update(SMALL_STATE.get(mixer, {}))
+        config.optim.lr = SMALL_LR.get(mixer, 3e-3)
         return
     config.model.overrides.mlp_hidden = 0
     config.model.overrides.dropout_rate = 0.1

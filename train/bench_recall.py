@@ -79,7 +79,7 @@ class Setting:
 def settings(size: str) -> list[Setting]:
     """Of the small preset one; of the published setting one for every length and width."""
     if size == "small":
-        return [Setting(dict(mqar="mqar_small", passkey="passkey_small"), "N32 8-pairs width-32")]
+        return [Setting(dict(mqar="mqar_small", passkey="passkey_small"), "N32 4-pairs width-64")]
     return [
         Setting(
             dict(mqar=f"mqar_{length}x{pairs}", passkey=f"passkey_{length}"),
@@ -199,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit code is 2 where an argument is wrong."""
     made = parser(__doc__, "train.bench_recall")
     made.add_argument("--workdir", default="runs/recall", metavar="DIR", help="where the runs are kept")
+    host.keep_freed_memory()
     return told(lambda tell: run(made.parse_args(argv), tell))
 
 

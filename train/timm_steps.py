@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import time
 from typing import Any
 
@@ -64,6 +65,8 @@ def _absent(name: str) -> str | None:
 def _start(name: str, batch: int, dtype: str, is_compiled: bool, direction: str, row: Row) -> Timed:
     torch, timm = importlib.import_module("torch"), importlib.import_module("timm")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     begin = time.perf_counter()
     made = timm.create_model(name, pretrained=False).to(device, memory_format=torch.channels_last)
