@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace, tell: Callable[[str], None]) -> tuple[dic
             _compare_states(together)
             found += together
     about = meta(device, bounds, "recall", size, effort.repeats, found)
-    return about | {"peers": {}, "workdir": str(arguments.workdir)}, found
+    return about | {"peers": {}, "error_bounds": None, "workdir": str(arguments.workdir)}, found
 
 
 @dataclasses.dataclass(frozen=True)

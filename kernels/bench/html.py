@@ -156,11 +156,15 @@ def _about(meta: dict[str, Any]) -> str:
     told = {
         "measured": f"{meta['date']}, commit {meta['commit']}, jax {meta['jax']}, Python {meta['python']}",
         "host": f"{meta['host']}, {meta['cores']} cores",
-        "times": f"median of {meta['repeats']} samples or less; {meta['method']}",
+        "times": f"median of {meta['repeats']} samples or less; {meta['method']}"
+        if meta["repeats"]
+        else meta["method"],
         "floor": f"operands and results moved once, or the products that are needed, at {meta['limits']}",
-        "errors": f"from float64, by the largest value; a row beyond {meta['error_bounds']} has no time",
+        "errors": meta["error_bounds"]
+        and f"from float64, by the largest value; a row beyond {meta['error_bounds']} has no time",
         "peers": "; ".join(f"{name}: {version}" for name, version in meta["peers"].items()),
     }
+    told = {name: what for name, what in told.items() if what}
     return element("dl", "".join(element("dt", name) + element("dd", escape(what)) for name, what in told.items()))
 
 

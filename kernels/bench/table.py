@@ -169,12 +169,10 @@ def _told(crossover: Crossover) -> list[str]:
 def _legend(meta: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     families = {row.family for row in rows}
     of_ops = families - {*MODELS, "recall"}
-    told = [
-        (
-            "ms",
-            f"median of {meta['repeats']} samples or less, ± half of their 20th to 80th percentile; {meta['method']}",
-        )
-    ]
+    told = []
+    if meta["repeats"]:
+        samples = f"median of {meta['repeats']} samples or less, ± half of their 20th to 80th percentile"
+        told.append(("ms", f"{samples}; {meta['method']}"))
     if any(row.status == "estimate" for row in rows):
         told.append(("~", "an estimate, from the FLOPs and bytes of a program that was compiled and has not run"))
     if of_ops:
