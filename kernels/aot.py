@@ -14,7 +14,8 @@ def tpu_devices(topology: str) -> list[Any]:
     """The devices of a TPU slice, to compile for: `jit(...).lower(...).compile()` with shardings over them.
 
     Args:
-        topology: generation and shape, such as `"v5e:2x2"`, `"v6e:16x16"` or `"v5p:4x4x4"`.
+        topology: generation and shape, such as `"v5e:2x2"`, `"v6e:16x16"` or `"v5p:4x4x4"`, or that of several slices
+            with their number before it, `"2*v5e:16x16"`.
 
     Raises:
         ValueError: for a topology that libtpu does not know.
@@ -23,13 +24,17 @@ def tpu_devices(topology: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise RuntimeError("compiling for a TPU needs libtpu: pip install 'attention-zoo[plan]'")
     jax.devices()
+    count, star, name = topology.rpartition("*")
+    if star and not (count.isdecimal() and int(count) > 1):
+        raise ValueError(f"topology {topology!r}: the number of slices goes before the star, as in 2*v5e:16x16")
+    slices = {"num_slices": int(count)} if star else {}
     # Without a host's name and kind libtpu complains at length on stderr; it makes the topology that is asked for.
     host = dict(TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
     host = {name: os.environ.get(name, value) for name, value in host.items()}
     # Only one process may use a TPU; to compile for one there may be as many as one likes.
     with _environment(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", XLA_FLAGS=None, **host):
         try:
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **slices).devices)
         except jax.errors.JaxRuntimeError as error:
             raise ValueError(f"topology {topology!r}: {error}; such as v5e:2x2 or v6e:4x4 it knows") from error
 

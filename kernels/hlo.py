@@ -24,6 +24,8 @@ COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
+# What a device hands to its host for the network between slices; XLA writes it as pairs of a send and a receive.
+ACROSS_SLICES = "across slices"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +56,20 @@ class Collective:
     bytes: int
     sent: int
 
+    def and_then(self, times: int, size: int, sent: float) -> "Collective":
+        """This and one more instruction, of so many bytes, that runs so often."""
+        return Collective(self.count + times, self.bytes + times * size, self.sent + round(times * sent))
+
+
+NONE = Collective(0, 0, 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """A whole program.
 
     Attributes:
-        collectives: by their kinds, the names of HLO.
+        collectives: by their kinds, the names of HLO, and `ACROSS_SLICES`.
         bytes: what instructions read from the device's main memory and write to it: operands and results of each, a
             fusion being one, but for those that stay in the memory on the chip. Of an array that is only sliced the
             slices count, of one that is updated in place the update.
@@ -86,6 +95,9 @@ def summary(text: str, devices: int) -> Summary:
         if not is_fused:
             moved += times * program.traffic(instruction, scope)
         kind = instruction.opcode.removesuffix("-start")
+        if kind == "send" and "xla_megascale_runtime" in instruction.attributes:
+            size = array_bytes(instruction.type)[0]
+            found[ACROSS_SLICES] = found.get(ACROSS_SLICES, NONE).and_then(times, size, size)
         if kind not in COLLECTIVES:
             continue
         size, ways = _payload(instruction, kind), _ways(instruction.attributes, devices)
@@ -95,10 +107,7 @@ def summary(text: str, devices: int) -> Summary:
         if kind == "all-reduce" and scope.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         share = 1.0 if kind == "collective-permute" else (ways - 1) / ways * (1 + (kind == "all-reduce"))
-        before = found.get(kind, Collective(0, 0, 0))
-        found[kind] = Collective(
-            before.count + times, before.bytes + times * size, before.sent + round(times * size * share)
-        )
+        found[kind] = found.get(kind, NONE).and_then(times, size, size * share)
     return Summary(dict(sorted(found.items())), moved, program.unknown_loops)
 
 

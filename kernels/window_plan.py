@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -111,15 +111,25 @@ def refusal(qkv, bias, pad, **options: Any) -> str | None:
 
 def cost(g: Geometry, itemsize: int, bias: bool, pad: bool, *, backward: bool) -> pl.CostEstimate:
     """Products of full windows; every operand read once and every result written once."""
+    small = (bias * g.heads * g.tokens**2 + pad * 3 * g.channels) * 4
+    if backward:
+        return estimate(g, itemsize, products=5, maps=7, small=2 * small)
+    return estimate(g, itemsize, products=2, maps=4, small=small)
+
+
+def estimate(g: Geometry, itemsize: int, *, products: int, maps: int, small: int = 0) -> pl.CostEstimate:
+    """Of so many products for every pair of queries and keys, which move so many maps and `small` bytes besides."""
     weights = g.batch * g.windows * g.heads * g.tokens**2
     pixels = g.batch * g.height * g.width * g.channels * itemsize
-    small = (bias * g.heads * g.tokens**2 + pad * 3 * g.channels) * 4
-    products = 5 if backward else 2
     return pl.CostEstimate(
-        flops=weights * 2 * g.dim * products,
-        transcendentals=weights,
-        bytes_accessed=(7 if backward else 4) * pixels + (2 if backward else 1) * small,
+        flops=weights * 2 * g.dim * products, transcendentals=weights, bytes_accessed=maps * pixels + small
     )
+
+
+def optional(refs: Sequence[Any], has_bias: bool, has_pad: bool):
+    """Of a body's references those to the bias and to pad, or to their gradients, None for absent, and the rest."""
+    refs = list(refs)
+    return refs.pop(0) if has_bias else None, refs.pop(0) if has_pad else None, refs
 
 
 @dataclasses.dataclass(frozen=True)

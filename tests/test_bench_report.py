@@ -187,7 +187,8 @@ def test_the_page_marks_the_crossing_and_has_every_row():
     rows = sweep(2, "softmax") + sweep(1, "GLA", 700) + [row("<&>", median_ms=None, status="wrong", reason="a < b")]
     text = html.page(about(), rows, crossovers(rows))
     page = check_page(text)
-    assert sum(tag == "tr" for tag, _ in page.tags) == len(rows) + len({r.shape for r in rows})
+    of_crossings = 1 + len(crossovers(rows))
+    assert sum(tag == "tr" for tag, _ in page.tags) == len(rows) + len({r.shape for r in rows}) + of_crossings
     classes = [attributes.get("class") for _, attributes in page.tags]
     assert classes.count("mark") == 1 and classes.count("plot") == 3 and "limit" in classes
     assert "faster beyond 700 tokens" in text and "a &lt; b" in text

@@ -341,7 +341,8 @@ def on_tpu():
     quiet = functools.partial(command.make, DIGITS, "v5e:2x2", overrides=words(**SMALL))
     given, shared = quiet(compare=["mesh.data=1,mesh.fsdp=-1"])
     batches = [quiet(batch=batch)[0] for batch in (2**8, 2**22)]
-    return [found, *map(dataclasses.asdict, (given, shared, *batches))]
+    (slices,) = command.make(DIGITS, "2*v5e:2x2", overrides=words(**SMALL))
+    return [found, *map(dataclasses.asdict, (given, shared, *batches, slices))]
 
 
 @dataclasses.dataclass
@@ -354,7 +355,7 @@ class _Lowered:
 
 @pytest.mark.slow
 def test_plans_by_the_compiler_of_a_tpu():
-    known, given, shared, small, large = in_tpu_process(on_tpu)
+    known, given, shared, small, large, slices = in_tpu_process(on_tpu)
     check_known_collectives(known["collectives"], 4, 2)
     assert known["hbm_bytes_peak"] == known["of_memory_analysis"]
     # A quarter of the gathered matrix is an argument; two copies of matrices are not more than the rest.
@@ -373,3 +374,11 @@ def test_plans_by_the_compiler_of_a_tpu():
     assert small["fits"] and not large["fits"]
     assert small["hbm_bytes_peak"] < small["hbm_bytes_limit"] < large["hbm_bytes_peak"]
     assert large["seconds"] is None and small["seconds"] > 0
+
+    # Twice the devices, half the work of each; every gradient goes across once, each device with its share or whole, in
+    # tiles of 8 x 128 numbers.
+    assert slices["devices"] == 8 and slices["fits"]
+    across = slices["collectives"][hlo.ACROSS_SLICES]
+    assert gradients / 4 <= across["sent"] < gradients + 8 * 128 * 4 * across["count"]
+    assert slices["seconds_compute"] == pytest.approx(given["seconds_compute"] / 2)
+    assert any("across slices" in note for note in slices["notes"])

@@ -33,9 +33,7 @@ def assert_same(batches, expected):
 
 def global_batches(dataset, count, *, processes, **options):
     """The first `count` global batches, put together from the slices of all processes."""
-    slices = [
-        data.train_iterator(dataset, process_index=p, process_count=processes, **options) for p in range(processes)
-    ]
+    slices = [data.train_iterator(dataset, share=data.Share((p,), processes), **options) for p in range(processes)]
 
     def take(batches):
         with batches:
@@ -160,8 +158,7 @@ def test_evaluation_covers_each_example_once(size, batch_size, processes):
             dataset,
             batch_size=batch_size,
             transform=data_transforms.plain,
-            process_index=p,
-            process_count=processes,
+            share=data.Share((p,), processes),
         ) as batches:
             of_processes.append(list(batches))
     assert {len(batches) for batches in of_processes} == {-(-size // batch_size)}
@@ -308,9 +305,8 @@ def _alive(pid):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"batch_size": 6, "process_count": 4}, "batch_size=6 cannot be shared equally by 4 processes"),
+        ({"batch_size": 6, "share": data.Share((0,), 4)}, "batch_size=6 does not divide into 4 equal slices"),
         ({"batch_size": 0}, "batch_size=0"),
-        ({"process_index": 2, "process_count": 2}, "process_index=2 is not one of the process_count=2"),
         ({"workers": -1}, "workers=-1"),
         ({"workers": 1, "prefetch": 0}, "prefetch=0"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
@@ -323,6 +319,21 @@ def test_arguments_out_of_range(options, words):
     options = {"batch_size": 4, "seed": 0, "transform": data_transforms.draws} | options
     with pytest.raises(ValueError, match=words):
         next(data.train_iterator(array_dataset(8), **options))
+
+
+@pytest.mark.parametrize("slices", [(), (2,), (-1,), (1, 0), (0, 0)])
+def test_shares_that_cannot_be(slices):
+    with pytest.raises(ValueError, match="are not some of 2 slices, in ascending order"):
+        data.Share(slices, 2)
+
+
+def test_slices_that_do_not_lie_together():
+    options = dict(batch_size=8, seed=0, transform=data_transforms.draws)
+    (whole,) = global_batches(patches(), 1, processes=1, **options)
+    with data.train_iterator(patches(), share=data.Share((0, 3), 4), **options) as batches:
+        part = next(batches)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(part[name], value[[0, 1, 6, 7]])
 
 
 def test_no_examples():

@@ -93,6 +93,21 @@ def test_processes_compute_what_one_does(tmp_path, count):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "count, config, mesh",
+    [
+        (4, fault_runs.CONFIG, dict(mesh__data=2, mesh__tensor=4)),
+        (2, "configs/raster.py:gated_deltanet_nano", dict(mesh__data=1, mesh__sequence=8)),
+    ],
+    ids=["tensor", "sequence"],
+)
+def test_processes_that_share_rows_compute_what_one_does(tmp_path, count, config, mesh):
+    """Each has the devices of half the width of a layer, or half the tokens of every row."""
+    found = fault_runs.processes(tmp_path, count, config=config, **mesh)
+    assert found["distance"] <= 1e-6 and found["loss"] <= 1e-6
+
+
+@pytest.mark.slow
 def test_the_others_end_when_a_process_is_killed_and_all_go_on(tmp_path):
     found = fault_runs.torn(tmp_path)
     assert found["codes"] == [processes.LOST] and found["seconds"] <= 60 and found["named"] and found["restarted"]

@@ -17,7 +17,7 @@ from PIL import Image
 
 import zoo
 from tests import object_store, runs
-from train import checkpoints, loop, metrics
+from train import checkpoint, checkpoints, fault_runs, loop, metrics
 from train import config as config_lib
 from train.__main__ import main
 from train.checkpoint import read_state
@@ -152,6 +152,25 @@ def test_a_run_that_is_told_to_stop_saves_and_ends_as_if_it_had_not_been(straigh
     again = prepare(tmp_path)
     assert (again.restored_step, again.unscored) == (step, not scored)
     assert_same_as(straight, tmp_path, loop.train(again))
+
+
+def test_no_more_than_one_save_is_unfinished_when_a_step_is_told_of(tmp_path, monkeypatch):
+    digests, write, seen = checkpoint.write_digests, metrics.Writer.write, {}
+
+    def slowly(step_dir):
+        time.sleep(0.4)
+        digests(step_dir)
+
+    def looking(writer, step, values):
+        seen[step] = max(fault_runs.good_steps(tmp_path), default=0)
+        write(writer, step, values)
+
+    monkeypatch.setattr(checkpoint, "write_digests", slowly)
+    monkeypatch.setattr(metrics.Writer, "write", looking)
+    train(tmp_path, log_every=1, eval_every=0)
+    assert sorted(seen) == list(range(1, 13))
+    assert all(newest // 3 >= step // 3 - 1 for step, newest in seen.items())
+    assert any(newest // 3 < step // 3 for step, newest in seen.items() if step % 3), "saves are in the background"
 
 
 def test_a_workdir_without_rename_and_append_serves_as_well(straight, tmp_path, monkeypatch, capsys):

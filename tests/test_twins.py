@@ -317,7 +317,7 @@ def test_batches_go_on_where_they_were():
     for later, batch in zip(first(2, start=32), whole[2:]):
         for name in batch:
             np.testing.assert_array_equal(later[name], batch[name])
-    halves = [first(1, process_index=index, process_count=2)[0] for index in (0, 1)]
+    halves = [first(1, share=data.Share((index,), 2))[0] for index in (0, 1)]
     for name in whole[0]:
         np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), whole[0][name])
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(ordered))(2), ordered(2))

@@ -70,33 +70,45 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Share:
+    """What one process reads of every global batch: some of its equal slices, which another may read too.
+
+    Attributes:
+        slices: their numbers, ascending.
+        of: how many slices there are.
+    """
+
+    slices: tuple[int, ...] = (0,)
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.slices or list(self.slices) != sorted(set(self.slices) & set(range(self.of))):
+            raise ValueError(f"slices={self.slices} are not some of {self.of} slices, in ascending order")
+
+
+@dataclasses.dataclass(frozen=True)
 class _View:
     """The batches of one process by their number: what grain reads, possibly in another process."""
 
     dataset: Dataset | SequenceSet
     transform: Callable[..., Mapping[str, Any]]
     batch_size: int
-    process_index: int
-    process_count: int
+    share: Share
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.batch_size % self.process_count:
+        if self.batch_size < 1 or self.batch_size % self.share.of:
             raise ValueError(
-                f"batch_size={self.batch_size} cannot be shared equally by {self.process_count} processes; "
-                f"a multiple of {self.process_count} can"
-            )
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(
-                f"process_index={self.process_index} is not one of the process_count={self.process_count} processes"
+                f"batch_size={self.batch_size} does not divide into {self.share.of} equal slices; "
+                f"a multiple of {self.share.of} does"
             )
         if not len(self.dataset):
             raise ValueError(f"the {self.dataset.name} has no example")
 
-    def rows(self, step: int) -> range:
+    def rows(self, step: int) -> list[int]:
         """The numbers, counted over all processes, of this process's rows in global batch `step`."""
-        per_process = self.batch_size // self.process_count
-        first = step * self.batch_size + self.process_index * per_process
-        return range(first, first + per_process)
+        size = self.batch_size // self.share.of
+        firsts = (step * self.batch_size + number * size for number in self.share.slices)
+        return [row for first in firsts for row in range(first, first + size)]
 
     def record(self, index: int, *randomness: np.random.Generator) -> dict[str, Any]:
         example = self.dataset.read(index)
@@ -265,8 +277,7 @@ def train_iterator(
     seed: int,
     transform: TrainTransform,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = Share(),
     workers: int = 0,
     prefetch: int = 2,
     channels: int | None = None,
@@ -280,14 +291,13 @@ def train_iterator(
 
     Args:
         dataset: images (`train.sources.open_source`) or sequences (`train.sequences.SequenceSet`).
-        batch_size: rows of the global batch, a multiple of `process_count`.
+        batch_size: rows of the global batch, a multiple of `share.of`.
         seed: of the order and of the transform's randomness.
         transform: called as transform(example, rng) with what `dataset.read` gives, not to be written to, and the
             example's own np.random.Generator. It returns a dict of arrays of one shape each. With `workers` it must
             be picklable.
         start: global example number to begin with, `DataPosition.examples` when resuming.
-        process_index: which of the equal slices of each global batch to give.
-        process_count: how many slices there are.
+        share: which rows of each global batch to give (`train.sharding.slices`); all of them by default.
         workers: number of worker processes; 0 makes the batches in threads of this process.
         prefetch: batches made ahead, by as many threads; with workers, batches made ahead by each worker.
         channels: of images, 1 or 3; None means the data set's own.
@@ -298,13 +308,13 @@ def train_iterator(
             There are no epochs then, and `start` is a multiple of `batch_size`.
 
     Returns:
-        Iterator over dicts of arrays (batch_size / process_count, ...): what the transform returned, of images also
+        Iterator over dicts of arrays (rows, ...): what the transform returned, of images also
         "label" int32, and "index" int32, the examples' places in the data set.
 
     Raises:
-        ValueError: an argument out of range, or a batch size that the processes cannot share equally.
+        ValueError: an argument out of range, or a batch size that does not divide into the slices.
     """
-    of = (_with_channels(dataset, channels), transform, batch_size, process_index, process_count, seed, start, repeats)
+    of = (_with_channels(dataset, channels), transform, batch_size, share, seed, start, repeats)
     view = _TrainView(*of) if order is None else _OrderedView(*of, order)
     return TrainBatches(view, workers=workers, prefetch=prefetch)
 
@@ -314,8 +324,7 @@ def eval_iterator(
     *,
     batch_size: int,
     transform: EvalTransform,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = Share(),
     workers: int = 0,
     prefetch: int = 2,
     channels: int | None = None,
@@ -323,24 +332,18 @@ def eval_iterator(
     """Every example exactly once, in the data set's order, in batches of one size.
 
     Args:
-        dataset, batch_size, process_index, process_count, workers, prefetch, channels: as in `train_iterator`.
+        dataset, batch_size, share, workers, prefetch, channels: as in `train_iterator`.
         transform: called as transform(example), otherwise as in `train_iterator`.
 
     Returns:
-        Iterator over ceil(len(dataset) / batch_size) dicts of arrays (batch_size / process_count, ...): what the
+        Iterator over ceil(len(dataset) / batch_size) dicts of arrays (rows, ...): what the
         transform returned, of images also "label" int32, and "mask" bool: False marks the padding of the last batch.
         All processes get the same number of batches.
 
     Raises:
         ValueError: as in `train_iterator`.
     """
-    view = _EvalView(
-        _with_channels(dataset, channels),
-        transform,
-        batch_size,
-        process_index,
-        process_count,
-    )
+    view = _EvalView(_with_channels(dataset, channels), transform, batch_size, share)
     return Batches(view, workers=workers, prefetch=prefetch)
 
 

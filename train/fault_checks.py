@@ -183,10 +183,12 @@ def order(
     transform = inputs.train_transform(config, train_set)
 
     def read(processes: int, start: int, count: int, workers: int = 0) -> list[dict[str, np.ndarray]]:
-        options = dict(batch_size=16, seed=0, transform=transform, start=start, process_count=processes)
+        options = dict(batch_size=16, seed=0, transform=transform, start=start)
         parts = []
         for index in range(processes):
-            with data.train_iterator(train_set, process_index=index, workers=workers, **options) as found:
+            with data.train_iterator(
+                train_set, share=data.Share((index,), processes), workers=workers, **options
+            ) as found:
                 parts.append([next(found) for _ in range(count)])
         return [{name: np.concatenate([part[name] for part in rows]) for name in rows[0]} for rows in zip(*parts)]
 

@@ -41,6 +41,7 @@ SMALL_MODELS = {
         "model.overrides.dims": "(8,)",
         "model.overrides.num_heads": "(2,)",
     },
+    "configs/raster.py:gated_deltanet_nano": {"model.overrides.depth": 1},
 }
 # Longer than anything here takes on a busy machine.
 PATIENCE = 300.0
@@ -320,13 +321,19 @@ def starved(place: pathlib.Path, kind: str) -> dict[str, Any]:
     )
 
 
-def processes(place: pathlib.Path, count: int, *, total: int = 1) -> dict[str, Any]:
+def processes(place: pathlib.Path, count: int, *, total: int = 1, config: str = CONFIG, **more: Any) -> dict[str, Any]:
     """Trains with `count` processes and with one on the same number of devices.
+
+    Args:
+        place: an empty directory.
+        count: of processes.
+        total: steps.
+        config, more: of both, as `Child` takes them.
 
     Returns:
         The `distance` of the states by norm, and the largest difference of a `loss`.
     """
-    settings = dict(total_steps=total, checkpoint__every_steps=1, optim__warmup_steps=0)
+    settings = dict(total_steps=total, checkpoint__every_steps=1, optim__warmup_steps=0, config=config) | more
     one = Child(place / "one", **settings)
     codes = [one.finish()[0]]
     children = together(place / f"of{count}", count, **settings)

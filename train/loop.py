@@ -20,7 +20,7 @@ from train.evaluate import evaluate
 from train.face_set import FaceSet, check_strangers
 from train.inputs import eval_splits, eval_transform, open_dataset, train_order, train_transform
 from train.sequences import SequenceSet
-from train.sharding import check_batch, place_batch
+from train.sharding import check_batch, place_batch, slices
 from train.step import TrainState
 from train.verification_metrics import pairs_to_verify
 
@@ -138,8 +138,7 @@ def train(run: Run, notice: preemption.Notice | None = None) -> dict[str, Any]:
         seed=config.seed,
         transform=train_transform(config, run.train_set),
         start=run.examples,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        share=data.Share(*slices(program.rows)),
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         repeats=config.data.repeats,
@@ -187,6 +186,10 @@ def train(run: Run, notice: preemption.Notice | None = None) -> dict[str, Any]:
             log = ends or step % config.log_every == 0
             save = ends or stopped or run.checkpoints.should_save(step)
             scored = run.eval_sets and (ends or (config.eval_every and step % config.eval_every == 0))
+            if save:
+                # Before the step is told of: no more than one save is then unfinished, whenever the run is killed.
+                with meter.phase("checkpoint"):
+                    run.checkpoints.wait()
             if log or save or scored:
                 with meter.phase("step"):
                     host = _finite(jax.device_get(values), run)
@@ -354,8 +357,7 @@ def _evaluate(
                 dataset,
                 batch_size=_eval_batch_size(run.config),
                 transform=eval_transform(run.config, dataset),
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                share=data.Share(*slices(run.program.rows)),
                 workers=run.config.data.workers,
                 prefetch=run.config.data.prefetch,
             )

@@ -141,7 +141,7 @@ class Plan:
 
 
 def target(topology: str) -> Target:
-    """The devices that a topology names: `"v5e:16x16"`, `"v5p:4x4x4"`, `"h100:8"`.
+    """The devices that a topology names: `"v5e:16x16"`, `"v5p:4x4x4"`, `"2*v5e:16x16"` (two slices), `"h100:8"`.
 
     Raises:
         ValueError: for an unknown topology.
@@ -152,14 +152,15 @@ def target(topology: str) -> Target:
         device, count = aot.gpu_devices(topology)
         limits = peak(device.device_kind)
         return Target(topology, device.device_kind, "cuda", count, limits, limits.memory, abstract=device)
-    if not re.fullmatch(r"v\d+[a-z]*", name) or not re.fullmatch(r"\d+(x\d+)*", shape):
+    if not re.fullmatch(r"(\d+\*)?v\d+[a-z]*", name) or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise ValueError(
             f"topology {topology!r}: a generation of TPU and a shape, such as v5e:16x16, v6e:4x8 or v5p:4x4x4, or a "
             f"kind of GPU ({', '.join(aot.GPUS)}) and how many, such as h100:8"
         )
     devices = aot.tpu_devices(topology)
     kind = devices[0].device_kind
-    limits, chips = peak(kind), math.prod(map(int, shape.split("x")))
+    slices = name.rpartition("*")[0] or "1"
+    limits, chips = peak(kind), math.prod(map(int, (slices, *shape.split("x"))))
     if limits is not None and len(devices) > chips and kind.lower() not in ("tpu v2", "tpu v3"):
         # Each chip is two devices here, which have half of it each.
         half = len(devices) // chips
@@ -317,6 +318,8 @@ def _compiled(lowered: Any, on: Target, notes: list[str]) -> dict[str, Any]:
     read = hlo.summary(compiled.as_text(), on.count)
     if read.unknown_loops:
         notes.append(f"{read.unknown_loops} loops with an unknown number of rounds count once (rejection sampling)")
+    if hlo.ACROSS_SLICES in read.collectives:
+        notes.append("what goes across slices is in none of the least times: the network between them is not known")
     return {f"hbm_bytes_{name}": size for name, size in parts.items()} | dict(
         hbm_bytes_peak=highest,
         fits=None if on.memory is None else highest <= on.memory,
@@ -350,7 +353,8 @@ def roofline(found: dict[str, Any], on: Target, passes: int, examples: int) -> d
     if on.peak is None:
         return {}
     collectives = found.get("collectives")
-    sent = None if collectives is None else sum(each["sent"] for each in collectives.values())
+    inside = {kind: each for kind, each in (collectives or {}).items() if kind != hlo.ACROSS_SLICES}
+    sent = None if collectives is None else sum(each["sent"] for each in inside.values())
     each = dict(
         compute=(found["matmul_flops"], on.count * on.peak.flops / passes),
         memory=(found.get("bytes"), on.peak.bandwidth),

@@ -1,5 +1,6 @@
 """The device mesh, and where parameters, optimizer state and batches lie on it."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -52,21 +53,41 @@ def _would_do(shape: Sequence[int], devices: int) -> str:
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes `data`, `fsdp`, `tensor` and `sequence`.
 
+    Of devices in several slices, which a slower network joins, `data` goes across slices first, then `fsdp`; what lies
+    along `tensor` and `sequence` is within one.
+
     Args:
         sizes: as of `mesh_shape`.
         devices: None means all of them.
 
     Raises:
-        ValueError: as `mesh_shape` does.
+        ValueError: as `mesh_shape` does, and if `data` and `fsdp` do not divide over the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape, types = mesh_shape(sizes, len(devices)), (AxisType.Auto,) * len(AXES)
+    count = len({getattr(device, "slice_index", 0) for device in devices})
+    if count > 1:
+        across = _across(shape, count)
+        within = [size // ways for size, ways in zip(shape, across)]
+        placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     except NotImplementedError:
         # No product of the torus' own axes gives these sizes, so that one of its axes has to be cut in two.
         placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES, axis_types=types)
+
+
+def _across(shape: Sequence[int], count: int) -> tuple[int, ...]:
+    """Into how many slices each of `AXES` is cut, if there are `count` of them."""
+    data = math.gcd(shape[0], count)
+    if shape[1] % (count // data):
+        raise ValueError(
+            f"mesh {dict(zip(AXES, shape))} does not divide over {count} slices: config.mesh.data (or data times fsdp) "
+            f"must be a multiple of {count}"
+        )
+    return (data, count // data, 1, 1)
 
 
 def on_mesh(mesh: Mesh | AbstractMesh, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,11 +199,31 @@ def check_tokens(name: str, length: int | None, mesh: Mesh | AbstractMesh) -> No
         )
 
 
+@functools.lru_cache
+def slices(sharding: NamedSharding, process: int | None = None) -> tuple[tuple[int, ...], int]:
+    """Which of the slices of a global batch, one for every place along `data` and `fsdp`, lie on a process's devices.
+
+    Processes whose devices differ along `tensor` and `sequence` alone have the same slices.
+
+    Args:
+        sharding: of batches, `batch_sharding`.
+        process: its index; None means this one.
+
+    Returns:
+        Their numbers, ascending, and how many slices there are.
+    """
+    devices, process = sharding.mesh.devices, jax.process_index() if process is None else process
+    split = devices.reshape(devices.shape[0] * devices.shape[1], -1)
+    here = (number for number, row in enumerate(split) if any(device.process_index == process for device in row))
+    return tuple(here), len(split)
+
+
 def place_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """This process's rows of a global batch, put on its devices; what has tokens is also split along `sequence`.
+    """Rows of a global batch, those of `slices`, on this process's devices; tokens are also split along `sequence`.
 
     The targets of a row are its tokens shifted by one: they come so from the data, and none is missing at a split.
     """
+    here, count = slices(sharding)
     # Images are not: a mesh with such an axis is for sequences, see `check_tokens`.
     tokens = sharding
     if sharding.mesh.shape[SEQUENCE_AXIS] > 1:
@@ -190,6 +231,8 @@ def place_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[s
     # With several processes jax takes this for an implicit transfer.
     with jax.transfer_guard("allow"):
         return {
-            name: jax.make_array_from_process_local_data(tokens if rows.ndim > 1 else sharding, rows)
+            name: jax.make_array_from_process_local_data(
+                tokens if rows.ndim > 1 else sharding, rows, (len(rows) // len(here) * count, *rows.shape[1:])
+            )
             for name, rows in batch.items()
         }

@@ -34,14 +34,18 @@ class Crossover:
     only: int | None = None
 
     def __str__(self) -> str:
-        what = f"{self.variant} ({self.implementation}, {self.direction}, {self.dtype})"
+        return f"{self.variant} ({self.implementation}, {self.direction}, {self.dtype}): {self.verdict}"
+
+    @property
+    def verdict(self) -> str:
+        """In words, from which length on it is the faster or the slower one."""
         if self.length is not None:
             said = f"{'faster' if self.faster else 'slower'} beyond {self.length:.0f} tokens"
         else:
             said = f"{'faster' if self.faster else 'slower'} at every length from {self.shortest} to {self.longest}"
         if self.only is not None:
             said += f"; softmax is out of memory at {self.only}"
-        return f"{what}: {said}"
+        return said
 
 
 def crossovers(rows: Sequence[Row]) -> list[Crossover]:

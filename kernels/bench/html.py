@@ -56,7 +56,8 @@ document.querySelectorAll('th').forEach(function (th) {
     table.querySelectorAll('th').forEach(function (other) { other.removeAttribute('aria-sort'); });
     th.setAttribute('aria-sort', up ? 'ascending' : 'descending');
     var rows = Array.prototype.slice.call(body.rows).map(function (row) {
-      return [row.cells[column].getAttribute('data-value'), row];
+      var cell = row.cells[column], value = cell.getAttribute('data-value');
+      return [value === null ? cell.textContent.trim() : value, row];
     });
     rows.sort(function (a, b) {
       if (a[0] === '' || b[0] === '') { return (a[0] === '' ? 1 : 0) - (b[0] === '' ? 1 : 0); }
@@ -143,8 +144,7 @@ def page(meta: dict[str, Any], rows: Sequence[Row], crossovers: Sequence[Crossov
     figures += [_figure(title, drawn) for title, drawn in recall.figures(rows)]
     body += element("div", "".join(figures), class_="plots") if figures else ""
     if crossovers:
-        items = "".join(element("li", escape(str(c))) for c in crossovers)
-        body += element("h2", "Against softmax attention, by length") + element("ul", items)
+        body += element("h2", "Against softmax attention, by length") + _crossings(crossovers)
     body += element("h2", "All rows") + element("p", "A click on a column's title sorts by it.")
     columns = (*COLUMNS[:-1], *recall.page_columns(rows), COLUMNS[-1])
     body += "".join(element("h3", escape(heading)) + _table(found, columns) for heading, found in groups(rows))
@@ -182,6 +182,24 @@ def _table(rows: Sequence[Row], columns: Sequence[tuple]) -> str:
         cells = (cell(row, *column[1:], is_reason=column is columns[-1]) for column in columns)
         lines.append(element("tr", "".join(cells), **({"class_": "away"} if row.status == "not measured" else {})))
     table = element("table", element("thead", element("tr", titles)) + element("tbody", "".join(lines)))
+    return element("div", table, class_="wide")
+
+
+def _crossings(crossovers: Sequence[Crossover]) -> str:
+    """A line per variant and implementation, a column per direction and dtype."""
+    kinds = list(dict.fromkeys((c.direction, c.dtype) for c in crossovers))
+    told: dict[tuple[str, str], dict[tuple[str, str], Crossover]] = {}
+    for c in crossovers:
+        told.setdefault((c.variant, c.implementation), {})[c.direction, c.dtype] = c
+    titles = ("variant", "by", *(f"{direction}, {dtype}" for direction, dtype in kinds))
+    lines = []
+    for (variant, implementation), found in told.items():
+        cells = element("td", escape(variant)) + element("td", escape(implementation))
+        for kind in kinds:
+            cells += element("td", escape(found[kind].verdict) if kind in found else " ")
+        lines.append(element("tr", cells))
+    head = element("tr", "".join(element("th", title) for title in titles))
+    table = element("table", element("thead", head) + element("tbody", "".join(lines)))
     return element("div", table, class_="wide")
 
 

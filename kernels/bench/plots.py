@@ -10,6 +10,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#a6761d", "#56b4e9", "#3
 WIDTH, HEIGHT = 400, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
 LEGEND_LINE = 17
+# More than these do not fit into one of two columns.
+LEGEND_LETTERS = 24
 
 Number = int | float
 
@@ -134,8 +136,9 @@ def plot(
     for mark in marks:
         ring = element("title", escape(mark.note))
         parts.append(element("circle", ring, cx=f"{across(mark.x):.1f}", cy=f"{up(mark.y):.1f}", r=6, class_="mark"))
-    parts += [part for number, line in enumerate(lines) for part in _legend(line.name, number)]
-    height = HEIGHT + LEGEND_LINE * -(-len(lines) // 2) + 4
+    columns = 1 if any(len(line.name) > LEGEND_LETTERS for line in lines) else 2
+    parts += [_legend(line, number, columns) for number, line in enumerate(lines)]
+    height = HEIGHT + LEGEND_LINE * -(-len(lines) // columns) + 4
     return element("svg", "".join(parts), viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=title, class_="plot")
 
 
@@ -161,11 +164,13 @@ def _drawn(line: Line, number: int, across, up) -> str:
     return "".join(parts)
 
 
-def _legend(name: str, number: int) -> list[str]:
-    """Two columns below the plot."""
-    left = 8 + (number % 2) * (WIDTH / 2)
-    top = HEIGHT + 6 + LEGEND_LINE * (number // 2)
-    dash = element(
-        "line", x1=f"{left:.1f}", x2=f"{left + 20:.1f}", y1=top - 4, y2=top - 4, class_="line", **_style(number)
-    )
-    return [dash, _text(left + 26, top, name)]
+def _legend(line: Line, number: int, columns: int) -> str:
+    """One entry below the plot: a piece of its line or one of its points, and its name."""
+    left = 8 + (number % columns) * (WIDTH / 2)
+    top = HEIGHT + 6 + LEGEND_LINE * (number // columns)
+    if line.joined:
+        ends = dict(x1=f"{left:.1f}", x2=f"{left + 20:.1f}", y1=top - 4, y2=top - 4)
+        sign = element("line", **ends, class_="line", **_style(number))
+    else:
+        sign = element("circle", cx=f"{left + 10:.1f}", cy=top - 4, r=3, fill=COLOURS[number % len(COLOURS)])
+    return sign + _text(left + 26, top, line.name)

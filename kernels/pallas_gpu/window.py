@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 
 from kernels import compat, window_plan
 from kernels.pallas_gpu import window_blocks
-from kernels.pallas_gpu.window_tiles import Layout, Reader, dot, layout, softmax, whole
+from kernels.pallas_gpu.tiles import dot
+from kernels.pallas_gpu.window_tiles import Layout, Reader, layout, softmax, weigh, whole
 from kernels.window_plan import Geometry
 
 
@@ -22,9 +23,7 @@ def unsupported(qkv, bias, pad, **options: Any) -> str | None:
 
 
 def _forward_body(x, *refs, at: Layout, has_bias: bool, has_pad: bool):
-    refs = list(refs)
-    bias, pad = refs.pop(0) if has_bias else None, refs.pop(0) if has_pad else None
-    (out,) = refs
+    bias, pad, (out,) = window_plan.optional(refs, has_bias, has_pad)
     reader = Reader(at, pad)
     i, h, group = reader.program(at.blocks)
 
@@ -38,8 +37,7 @@ def _forward_body(x, *refs, at: Layout, has_bias: bool, has_pad: bool):
             tokens = queries if at.blocks == 1 else place.tokens(b)
             k, v = reader.load(x, tokens, h, 1), reader.load(x, tokens, h, 2)
             logits = reader.logits(q, k, bias, h, i, b, tokens)
-            new = jnp.maximum(top, logits.max(1))
-            weights, shrunk = jnp.exp2(logits - new[:, None]), jnp.exp2(top - new)
+            new, weights, shrunk = weigh(logits, top)
             acc = acc * shrunk[:, None] + dot(weights.astype(v.dtype), v)
             return new, total * shrunk + weights.sum(1), acc
 
@@ -59,10 +57,8 @@ def _each(count: int, visit):
 
 
 def _backward_body(x, gradient, *refs, at: Layout, has_bias: bool, has_pad: bool):
-    refs = list(refs)
-    bias, pad = refs.pop(0) if has_bias else None, refs.pop(0) if has_pad else None
-    dx = refs.pop(0)
-    dbias, dpad = refs.pop(0) if has_bias else None, refs.pop(0) if has_pad else None
+    bias, pad, (dx, *sums_of) = window_plan.optional(refs, has_bias, has_pad)
+    dbias, dpad, _ = window_plan.optional(sums_of, has_bias, has_pad)
     reader = Reader(at, pad)
     _, h, group = reader.program(1)
 

@@ -10,21 +10,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels import compat
-from kernels.pallas_gpu.window_tiles import Layout, Reader, dot, whole
+from kernels import compat, window_plan
+from kernels.pallas_gpu.tiles import dot
+from kernels.pallas_gpu.window_tiles import Layout, Reader, weigh, whole
 
 # Programs that share the sum of one block of the bias's gradient.
 BIAS_PROGRAMS = 8
 
 
-def _take(refs, has_bias: bool, has_pad: bool):
-    refs = list(refs)
-    return refs.pop(0) if has_bias else None, refs.pop(0) if has_pad else None, refs
-
-
 def _rows_body(x, gradient, *refs, at: Layout, has_bias: bool, has_pad: bool):
     """Logarithms of sums, base 2, and mean changes: `(windows * heads, 2, rows)`."""
-    bias, pad, (out,) = _take(refs, has_bias, has_pad)
+    bias, pad, (out,) = window_plan.optional(refs, has_bias, has_pad)
     reader = Reader(at, pad)
     i, h, window = reader.program(at.blocks)
     place = reader.place(window)
@@ -36,8 +32,7 @@ def _rows_body(x, gradient, *refs, at: Layout, has_bias: bool, has_pad: bool):
         tokens = place.tokens(b)
         k, v = reader.load(x, tokens, h, 1), reader.load(x, tokens, h, 2)
         logits = reader.logits(q, k, bias, h, i, b, tokens)
-        new = jnp.maximum(top, logits.max(1))
-        weights, shrunk = jnp.exp2(logits - new[:, None]), jnp.exp2(top - new)
+        new, weights, shrunk = weigh(logits, top)
         mean = mean * shrunk + (weights * dot(dout, v, trans_b=True)).sum(1)
         return new, total * shrunk + weights.sum(1), mean
 
@@ -57,7 +52,7 @@ def _changes(reader: Reader, q, k, v, dout, bias, rows, h, window, i, j, keys):
 
 
 def _tokens_body(x, gradient, rows, *refs, at: Layout, has_bias: bool, has_pad: bool):
-    bias, pad, (dx, *dpad) = _take(refs, has_bias, has_pad)
+    bias, pad, (dx, *dpad) = window_plan.optional(refs, has_bias, has_pad)
     reader = Reader(at, pad)
     i, h, window = reader.program(at.blocks)
     place = reader.place(window)
@@ -89,7 +84,7 @@ def _tokens_body(x, gradient, rows, *refs, at: Layout, has_bias: bool, has_pad: 
 
 
 def _bias_body(x, gradient, rows, *refs, at: Layout, has_bias: bool, has_pad: bool):
-    bias, pad, (dbias,) = _take(refs, has_bias, has_pad)
+    bias, pad, (dbias,) = window_plan.optional(refs, has_bias, has_pad)
     reader = Reader(at, pad)
     program = pl.program_id(0)
     i, j, h = program // at.blocks % at.blocks, program % at.blocks, program // at.blocks**2 % at.g.heads
@@ -110,12 +105,6 @@ def _bias_body(x, gradient, rows, *refs, at: Layout, has_bias: bool, has_pad: bo
 
 def _call(body, name, arrays, has, shapes, specs, programs, at: Layout, products: int, maps: int):
     """A kernel that takes `products` products for every pair of queries and keys and moves `maps` maps of channels."""
-    g = at.g
-    weights = g.batch * g.windows * g.heads * g.tokens**2
-    pixels = g.batch * g.height * g.width * g.channels * arrays[0].dtype.itemsize
-    estimate = pl.CostEstimate(
-        flops=weights * 2 * g.dim * products, transcendentals=weights, bytes_accessed=maps * pixels
-    )
     return compat.pallas_call(
         functools.partial(body, at=at, has_bias=has[0], has_pad=has[1]),
         name=name,
@@ -123,7 +112,7 @@ def _call(body, name, arrays, has, shapes, specs, programs, at: Layout, products
         grid=(programs,),
         in_specs=[whole(array) for array in arrays],
         out_specs=specs,
-        cost_estimate=estimate,
+        cost_estimate=window_plan.estimate(at.g, arrays[0].dtype.itemsize, products=products, maps=maps),
         compiler_params=compat.triton_params(at.warps, at.stages),
     )(*arrays)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from kernels import compat, tuning
+from kernels.pallas_gpu.tiles import dot
 from kernels.window_plan import Geometry
 
 # In place of minus infinity, so that a block of keys that are all excluded has weights, which later ones take away.
@@ -106,16 +106,24 @@ def whole(array) -> pl.BlockSpec:
     return pl.BlockSpec(array.shape, lambda i: (0,) * array.ndim)
 
 
-def dot(a, b, **how):
-    """A product accumulated in float32; of float32 operands without rounding them."""
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return compat.triton_dot(a, b, precision=exact, **how)
-
-
 def softmax(logits):
     """Of logits in base 2."""
     weights = jnp.exp2(logits - logits.max(1)[:, None])
     return weights * (1 / weights.sum(1))[:, None]
+
+
+def weigh(logits, top):
+    """One step of a softmax over blocks of keys, of logits in base 2.
+
+    Args:
+        logits: of this block, `(queries, keys)`.
+        top: the largest logit of each query in the blocks before, `(queries,)`.
+
+    Returns:
+        The largest with this block's, the weights relative to it, and the factor for what was summed relative to `top`.
+    """
+    new = jnp.maximum(top, logits.max(1))
+    return new, jnp.exp2(logits - new[:, None]), jnp.exp2(top - new)
 
 
 @dataclasses.dataclass(frozen=True)

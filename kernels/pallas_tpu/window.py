@@ -46,9 +46,7 @@ def _weights(g: Geometry, q, k, bias, keys, dtype):
 
 
 def _forward_body(x, *refs, blocks: Blocks, dtype, has_bias: bool, has_pad: bool):
-    refs = list(refs)
-    bias, pad = refs.pop(0) if has_bias else None, refs.pop(0) if has_pad else None
-    out, run, tile, result = refs
+    bias, pad, (out, run, tile, result) = window_plan.optional(refs, has_bias, has_pad)
     g = blocks.g
     tiles.load_run(blocks, x, run)
     tile[...] = jnp.zeros_like(tile)
@@ -74,11 +72,9 @@ def _forward_body(x, *refs, blocks: Blocks, dtype, has_bias: bool, has_pad: bool
 
 
 def _backward_body(x, gradient, *refs, blocks: Blocks, dtype, has_bias: bool, has_pad: bool):
-    refs = list(refs)
-    bias, pad = refs.pop(0) if has_bias else None, refs.pop(0) if has_pad else None
-    dx = refs.pop(0)
-    dbias, dpad = refs.pop(0) if has_bias else None, refs.pop(0) if has_pad else None
-    run, gradient_run, tile, gradient_tile, result = refs
+    bias, pad, (dx, *rest) = window_plan.optional(refs, has_bias, has_pad)
+    dbias, dpad, scratch = window_plan.optional(rest, has_bias, has_pad)
+    run, gradient_run, tile, gradient_tile, result = scratch
     g, chunked = blocks.g, tiles.rows(blocks.g) > CHUNK
     tiles.load_run(blocks, x, run)
     tiles.load_run(blocks, gradient, gradient_run)
