@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import subprocess
-import time
 import types
 import xml.etree.ElementTree
 
@@ -166,6 +165,13 @@ def test_intervals_that_nearly_touch_do_not_tell_two_runs_apart():
     assert change.verdict == "same"
 
 
+def test_a_machine_that_is_slower_itself_is_said_to_be():
+    now, then = (dict(bandwidth=b, rates={"float32": rate}) for b, rate in ((5e9, 1e11), (1e10, 1.1e11)))
+    assert "copies at 0.50 of the rate" in against.slower_machine(now, then)
+    assert "multiplies" not in against.slower_machine(now, then)
+    assert against.slower_machine(then, now) is against.slower_machine(now, {}) is None
+
+
 def test_a_kernel_that_was_slowed_is_slow_again(monkeypatch, capsys, tmp_path):
     """By the command: everything is as it was but one kernel, which is measured once more and stays slow."""
     case = {"run": double}
@@ -305,18 +311,17 @@ def test_models_are_measured_by_the_command(capsys, tmp_path):
 @pytest.mark.slow
 def test_recall_is_trained_once(monkeypatch, tmp_path):
     """With three steps each; the second time everything is read back."""
-    few = tuple(f"--config.{key}={value}" for key, value in dict(total_steps=3, **{"optim.warmup_steps": 1}).items())
+    changes = {"total_steps": 3, "optim.warmup_steps": 1, "data.eval_examples": 64, "data.eval_batch_size": 64}
+    few = tuple(f"--config.{key}={value}" for key, value in changes.items())
     setting = dataclasses.replace(bench_recall.settings("small")[0], words=few)
     monkeypatch.setattr(bench_recall, "settings", lambda size: [setting])
     monkeypatch.setattr(bench_recall, "SEEDS", (0, 1))
     arguments = bench_recall.parser("", "").parse_args(["--ops", "linear_attention"])
     arguments.workdir = str(tmp_path)
-    begin = time.perf_counter()
     meta, found = bench_recall.run(arguments, print)
-    first = time.perf_counter() - begin
     assert [r.direction for r in found] == ["inference", "training"] and all(r.tokens_per_s > 0 for r in found)
     assert all(0 <= r.mqar_low <= r.mqar <= r.mqar_high <= 1 and r.passkey is not None for r in found)
     assert table(meta, found) and len(list(tmp_path.glob("*_seed*/result.json"))) == 2 * 2
     monkeypatch.setattr(loop, "train", None)
     again = bench_recall.run(arguments, print)[1]
-    assert [r.mqar for r in again] == [r.mqar for r in found] and first > 0
+    assert [r.mqar for r in again] == [r.mqar for r in found]

@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     bad = [row for row in found if row.status in ("wrong", "failed")]
     code = 1 if bad else 0
     if changes is not None:
-        code = max(code, _told(changes, old[0]))
+        code = max(code, _told(changes, about, old[0]))
     return code
 
 
@@ -187,9 +187,12 @@ def _changes(found: list[rows.Row], old: tuple[dict, list[rows.Row]], again: Cal
     return changes
 
 
-def _told(changes: Sequence[against.Change], before: dict) -> int:
+def _told(changes: Sequence[against.Change], about: dict, before: dict) -> int:
     """Prints the comparison; the exit code."""
     print(f"\nAgainst the run of {before.get('date')}, commit {before.get('commit')}: {len(changes)} rows are in both")
+    slowed = against.slower_machine(about, before)
+    if slowed is not None:
+        print(f"  {slowed}")
     for verdict in ("slower", "lost", "faster", "found"):
         for change in changes:
             if change.verdict == verdict:

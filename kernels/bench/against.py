@@ -1,7 +1,8 @@
 """What has become slower since an earlier run, by more than both runs vary."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kernels.bench.rows import Row
 
@@ -11,6 +12,8 @@ LEAST = 0.05
 MARGIN = 0.5
 # How often a row that seems slower is measured again, and has to seem slower every time.
 RECHECKS = 2
+# A machine whose own rates are below this part of what they were is slower itself.
+SLOWER = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,17 @@ def confirmed(changes: Sequence[Change], again: Callable[[Sequence[Row]], Sequen
             if verdict not in ("slower", "lost") or _is_faster(row, change.row):
                 found[places[row.key]] = Change(row, change.old, verdict)
     return found
+
+
+def slower_machine(about: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
+    """A sentence if the machine itself, by its copy and its matrix product, is slower than it was; else None."""
+    rates = [(about.get("bandwidth"), before.get("bandwidth"), "copies")]
+    rates += [(rate, (before.get("rates") or {}).get(dtype), "multiplies") for dtype, rate in about["rates"].items()]
+    shares = {does: now / then for now, then, does in rates if now and then and now < SLOWER * then}
+    if not shares:
+        return None
+    said = " and ".join(f"{does} at {share:.2f}" for does, share in shares.items())
+    return f"this machine {said} of the rate that it had then: rows may be slower without any change to them"
 
 
 def _is_faster(row: Row, other: Row) -> bool:
