@@ -69,7 +69,7 @@ def compare(spec: str, workdir: epath.PathLike, only: Sequence[str] = (), overri
     found = []
     for row in only or rows:
         config = config_lib.load(f"{file}:{row}", overrides)
-        found.append({"row": row, **_result(config, _place(workdir, row))})
+        found.append({"row": row, **trained(config, _place(workdir, row))})
     return found
 
 
@@ -104,7 +104,8 @@ def _place(workdir: epath.PathLike, row: str) -> epath.Path:
     return epath.Path(workdir) / row.replace(",", "_")
 
 
-def _result(config: ml_collections.FrozenConfigDict, workdir: epath.Path) -> dict[str, Any]:
+def trained(config: ml_collections.FrozenConfigDict, workdir: epath.Path) -> dict[str, Any]:
+    """What training a config gave, as a row of `compare`: read back where it is done, else done."""
     path, described = workdir / RESULT_FILE, config_lib.plain(config)
     if path.exists():
         kept = json.loads(path.read_text())
@@ -115,10 +116,8 @@ def _result(config: ml_collections.FrozenConfigDict, workdir: epath.Path) -> dic
     model, examples = run.program.model, result["step"] * config.data.batch_size
     if isinstance(run.train_set, SequenceSet):
         length = run.train_set.length
-        seen = {
-            "state": _state_size(model, run.program.abstract_state.variables(), length),
-            "tokens": examples * length,
-        }
+        state = state_after(model, run.program.abstract_state.variables(), length)
+        seen = {"state": sum(leaf.size for leaf in jax.tree.leaves(state)), "tokens": examples * length}
     else:
         seen = {"images": examples}
     result = {
@@ -138,14 +137,14 @@ def _result(config: ml_collections.FrozenConfigDict, workdir: epath.Path) -> dic
     return result
 
 
-def _state_size(model: SequenceModel, variables: Any, length: int) -> int:
+def state_after(model: SequenceModel, variables: Any, length: int) -> Any:
+    """What a model carries of one sequence that has room for so many tokens, as shapes and dtypes."""
     beside = {name: like for name, like in model.example_inputs().items() if name != "tokens"}
 
     def initial(variables, beside):
         return model.apply(variables, 1, length, **beside, method="initial_state")
 
-    state = jax.eval_shape(initial, variables, beside)
-    return sum(leaf.size for leaf in jax.tree.leaves(state))
+    return jax.eval_shape(initial, variables, beside)
 
 
 def _cost_of_clearing(workdir: epath.Path) -> float:

@@ -20,6 +20,8 @@ from kernels.cost import cost
 from kernels.devices import Peak, peak
 from kernels.dispatch import record_choices
 from train import flops, program, sharding, stand_in
+from train.sequences import SequenceSet
+from train.sources import Dataset
 
 # Passes over the matrix unit that a product of float32 takes on a TPU.
 PASSES = {"default": 1, "high": 3, "highest": 6}
@@ -194,6 +196,7 @@ def plan(
     *,
     label: str = "",
     classes: int | None = None,
+    dataset: Dataset | SequenceSet | None = None,
     say: Say = lambda text: None,
 ) -> Plan:
     """Plans the training step of a config.
@@ -203,6 +206,7 @@ def plan(
         on: the devices.
         label: a name for the plan.
         classes: see `train.stand_in.dataset`.
+        dataset: the training split; None: what `train.stand_in.dataset` makes of the config.
         say: is told what is being done.
 
     Raises:
@@ -210,7 +214,7 @@ def plan(
     """
     started = time.perf_counter()
     mesh = on.mesh(config)
-    dataset = stand_in.dataset(config, classes)
+    dataset = stand_in.dataset(config, classes) if dataset is None else dataset
     built = program.build(config, dataset, planned=mesh)
     batch = stand_in.batch(config, dataset, built.rows)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -73,7 +73,7 @@ def _text(config: ml_collections.ConfigDict) -> SequenceSet:
     row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments")}
     return SequenceSet(
         name=f"stand-in for {settings.name}",
-        source=_Rows(row | {"weights": np.ones(length, np.float32), "bytes": np.int32(length)}),
+        source=Rows(row | {"weights": np.ones(length, np.float32), "bytes": np.int32(length)}),
         fingerprint="stand-in",
         vocab_size=open_tokenizer(settings.tokenizer).vocab_size,
         length=length,
@@ -83,7 +83,7 @@ def _text(config: ml_collections.ConfigDict) -> SequenceSet:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
+class Rows:
     """One example, the same at every place."""
 
     row: dict[str, np.ndarray]

@@ -1,12 +1,19 @@
 """What has become slower since an earlier run, by more than both runs vary."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kernels.bench.rows import Row
 
 # A difference below this part of the time is none, however little the samples vary.
 LEAST = 0.05
+# Between the intervals of two runs that differ there is at least this part of what both spread.
+MARGIN = 0.5
+# How often a row that seems slower is measured again, and has to seem slower every time.
+RECHECKS = 2
+# A machine whose own rates are below this part of what they were is slower itself.
+SLOWER = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +51,52 @@ class Change:
 def compare(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
     """The rows that both runs have, in the order of the new one.
 
-    A row is slower if its middle percentiles, 20th to 80th, lie wholly above the old ones, its median is further from
-    the old one than both runs spread together, and by more than `LEAST`.
+    A row is slower if its middle percentiles, 20th to 80th, lie above the old ones by `MARGIN` of what both runs
+    spread, and its median is further from the old one than both spread together, and by more than `LEAST`.
     """
     before = {row.key: row for row in old}
     return [Change(row, before[row.key], _verdict(row, before[row.key])) for row in new if row.key in before]
+
+
+def confirmed(changes: Sequence[Change], again: Callable[[Sequence[Row]], Sequence[Row]]) -> list[Change]:
+    """The changes, with what seemed a regression measured again: a busy machine slows a row down once, not always.
+
+    Args:
+        changes: what `compare` found.
+        again: measures rows once more, of which it may lose some.
+
+    Returns:
+        The same changes in their order. What is a regression was one in every measurement, and has the fastest of them;
+        what is none has the measurement that was none.
+    """
+    found = list(changes)
+    for _ in range(RECHECKS):
+        places = {change.row.key: place for place, change in enumerate(found) if change.is_regression}
+        if not places:
+            break
+        for row in again([found[place].row for place in places.values()]):
+            if row.key not in places:
+                continue
+            change = found[places[row.key]]
+            verdict = _verdict(row, change.old)
+            if verdict not in ("slower", "lost") or _is_faster(row, change.row):
+                found[places[row.key]] = Change(row, change.old, verdict)
+    return found
+
+
+def slower_machine(about: Mapping[str, Any], before: Mapping[str, Any]) -> str | None:
+    """A sentence if the machine itself, by its copy and its matrix product, is slower than it was; else None."""
+    rates = [(about.get("bandwidth"), before.get("bandwidth"), "copies")]
+    rates += [(rate, (before.get("rates") or {}).get(dtype), "multiplies") for dtype, rate in about["rates"].items()]
+    shares = {does: now / then for now, then, does in rates if now and then and now < SLOWER * then}
+    if not shares:
+        return None
+    said = " and ".join(f"{does} at {share:.2f}" for does, share in shares.items())
+    return f"this machine {said} of the rate that it had then: rows may be slower without any change to them"
+
+
+def _is_faster(row: Row, other: Row) -> bool:
+    return row.median_ms is not None and (other.median_ms is None or row.median_ms < other.median_ms)
 
 
 def _verdict(row: Row, old: Row) -> str:
@@ -62,5 +110,5 @@ def _verdict(row: Row, old: Row) -> str:
     if abs(difference) <= max(noise, LEAST * old.median_ms):
         return "same"
     if difference > 0:
-        return "slower" if row.p20_ms > old.p80_ms else "same"
-    return "faster" if row.p80_ms < old.p20_ms else "same"
+        return "slower" if row.p20_ms - old.p80_ms > MARGIN * noise else "same"
+    return "faster" if old.p20_ms - row.p80_ms > MARGIN * noise else "same"

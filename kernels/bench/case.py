@@ -165,6 +165,24 @@ class Case:
         return nbytes(jax.eval_shape(lambda arrays: self.state(**arrays), self.abstract(dtype)))
 
 
+# Of ops that XLA computes and nothing else here does.
+ONLY_XLA = (Implementation("xla", lambda *arrays, **options: None),)
+
+
+def part(op: str, variant: str, shape: str, pattern: str, run: Callable[..., Any], **fields: Any) -> Case:
+    """What mixers have besides attention: `run(**arrays)`, by XLA; `fields` are the others of `Case`."""
+    return Case(
+        op=op,
+        variant=variant,
+        family="part",
+        shape=shape,
+        pattern=pattern,
+        run=lambda implementation, **arrays: run(**arrays),
+        table=ONLY_XLA,
+        **fields,
+    )
+
+
 def nbytes(tree: Any) -> int:
     """Bytes of all arrays of a tree."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from kernels.bench import text
+from kernels.bench import recall, text
 from kernels.bench.crossover import SOFTMAX, Crossover
 from kernels.bench.plots import Line, Mark, element, plot
 from kernels.bench.rows import Row
@@ -141,11 +141,13 @@ def page(meta: dict[str, Any], rows: Sequence[Row], crossovers: Sequence[Crossov
     head += element("title", escape(title)) + element("style", STYLE)
     body = element("h1", escape(title)) + _about(meta)
     figures = [*_lengths(rows, crossovers), *_rooflines(meta, rows)]
+    figures += [_figure(title, drawn) for title, drawn in recall.figures(rows)]
     body += element("div", "".join(figures), class_="plots") if figures else ""
     if crossovers:
         body += element("h2", "Against softmax attention, by length") + _crossings(crossovers)
     body += element("h2", "All rows") + element("p", "A click on a column's title sorts by it.")
-    body += "".join(element("h3", escape(heading)) + _table(found) for heading, found in groups(rows))
+    columns = (*COLUMNS[:-1], *recall.page_columns(rows), COLUMNS[-1])
+    body += "".join(element("h3", escape(heading)) + _table(found, columns) for heading, found in groups(rows))
     body += element("script", SCRIPT)
     return "<!DOCTYPE html>\n" + element("html", element("head", head) + element("body", body), lang="en") + "\n"
 
@@ -154,15 +156,19 @@ def _about(meta: dict[str, Any]) -> str:
     told = {
         "measured": f"{meta['date']}, commit {meta['commit']}, jax {meta['jax']}, Python {meta['python']}",
         "host": f"{meta['host']}, {meta['cores']} cores",
-        "times": f"median of {meta['repeats']} samples or less; {meta['method']}",
+        "times": f"median of {meta['repeats']} samples or less; {meta['method']}"
+        if meta["repeats"]
+        else meta["method"],
         "floor": f"operands and results moved once, or the products that are needed, at {meta['limits']}",
-        "errors": f"from float64, by the largest value; a row beyond {meta['error_bounds']} has no time",
+        "errors": meta["error_bounds"]
+        and f"from float64, by the largest value; a row beyond {meta['error_bounds']} has no time",
         "peers": "; ".join(f"{name}: {version}" for name, version in meta["peers"].items()),
     }
+    told = {name: what for name, what in told.items() if what}
     return element("dl", "".join(element("dt", name) + element("dd", escape(what)) for name, what in told.items()))
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row], columns: Sequence[tuple]) -> str:
     def cell(row, value, said, is_number, is_fine, is_reason):
         kinds = [name for name, is_it in (("number", is_number), ("fine", is_fine), ("reason", is_reason)) if is_it]
         found = value(row)
@@ -170,10 +176,10 @@ def _table(rows: Sequence[Row]) -> str:
         # An element without content would not be closed in HTML.
         return element("td", escape(said(row)) or " ", data_value="" if found is None else found, **attributes)
 
-    titles = "".join(element("th", title or " ", **({"class_": "fine"} if fine else {})) for title, *_, fine in COLUMNS)
+    titles = "".join(element("th", title or " ", **({"class_": "fine"} if fine else {})) for title, *_, fine in columns)
     lines = []
     for row in rows:
-        cells = (cell(row, *column[1:], is_reason=column is COLUMNS[-1]) for column in COLUMNS)
+        cells = (cell(row, *column[1:], is_reason=column is columns[-1]) for column in columns)
         lines.append(element("tr", "".join(cells), **({"class_": "away"} if row.status == "not measured" else {})))
     table = element("table", element("thead", element("tr", titles)) + element("tbody", "".join(lines)))
     return element("div", table, class_="wide")

@@ -1,12 +1,24 @@
 """Cases on feature maps: windows, channels, routed regions, halves, pairs and parts."""
 
 from kernels import bilevel_attention, channel_attention, depthwise_conv2d, window_attention
-from kernels.bench.case import MULTIPLY_ADD, Case, Operand, table_of
+from kernels.bench.case import MULTIPLY_ADD, Case, Operand, part, table_of
 from kernels.cross import bilateral_attention, global_local_attention, pairwise_attention, part_attention
 from kernels.dense import attention
-from kernels.dispatch import Implementation
 
-ONLY_XLA = (Implementation("xla", lambda *arrays, **options: None),)
+
+def _case(function, variant, family, shape, operands, run, pairs, *, pattern="self noncausal", table=None) -> Case:
+    """A case whose products are `pairs` multiply-adds; the table is the function's own where none is given."""
+    return Case(
+        op=function.__name__,
+        variant=variant,
+        family=family,
+        shape=shape,
+        pattern=pattern,
+        operands=operands,
+        run=run,
+        table=table or table_of(function),
+        flops=MULTIPLY_ADD * pairs,
+    )
 
 
 def window(
@@ -28,16 +40,14 @@ def window(
             implementation=implementation,
         )
 
-    return Case(
-        op="window_attention",
-        variant={"block": "window", "grid": "grid window"}[partition] + (" + bias" if bias else ""),
-        family="window",
-        shape=f"{windows}x{heads} windows of {size}x{size}, map {batch}x{side}x{side}, D{d}",
-        pattern="self noncausal",
-        operands=operands,
-        run=run,
-        table=table_of(window_attention),
-        flops=MULTIPLY_ADD * windows * heads * n * n * 2 * d,
+    return _case(
+        window_attention,
+        {"block": "window", "grid": "grid window"}[partition] + (" + bias" if bias else ""),
+        "window",
+        f"{windows}x{heads} windows of {size}x{size}, map {batch}x{side}x{side}, D{d}",
+        operands,
+        run,
+        windows * heads * n * n * 2 * d,
     )
 
 
@@ -52,32 +62,28 @@ def bilevel(batch: int, regions: int, size: int, k: int, heads: int, d: int = 32
     def run(implementation, qkv, indices):
         return bilevel_attention(qkv, indices, num_heads=heads, region=(size, size), implementation=implementation)
 
-    return Case(
-        op="bilevel_attention",
-        variant="bi-level",
-        family="gather",
-        shape=f"{count} regions of {n} tokens, top {k}, map {batch}x{side}x{side}, H{heads} D{d}",
-        pattern="self noncausal",
-        operands=operands,
-        run=run,
-        table=table_of(bilevel_attention),
-        flops=MULTIPLY_ADD * batch * heads * count * n * (k * n) * 2 * d,
+    return _case(
+        bilevel_attention,
+        "bi-level",
+        "gather",
+        f"{count} regions of {n} tokens, top {k}, map {batch}x{side}x{side}, H{heads} D{d}",
+        operands,
+        run,
+        batch * heads * count * n * (k * n) * 2 * d,
     )
 
 
 def channel(batch: int, side: int, heads: int, d: int = 32) -> Case:
     tokens = side * side
     shape = Operand((batch, tokens, heads, d))
-    return Case(
-        op="channel_attention",
-        variant="channel",
-        family="image",
-        shape=_map(batch, side, heads, d),
-        pattern="self noncausal",
-        operands={"query": shape, "key": shape, "value": shape},
-        run=lambda implementation, **arrays: channel_attention(**arrays, implementation=implementation),
-        table=table_of(channel_attention),
-        flops=MULTIPLY_ADD * batch * tokens * heads * d * d * 2,
+    return _case(
+        channel_attention,
+        "channel",
+        "image",
+        _map(batch, side, heads, d),
+        {"query": shape, "key": shape, "value": shape},
+        lambda implementation, **arrays: channel_attention(**arrays, implementation=implementation),
+        batch * tokens * heads * d * d * 2,
     )
 
 
@@ -109,18 +115,16 @@ def parts(batch: int, side: int, heads: int, d: int = 32, count: int = 5, cells:
 def depthwise(batch: int, side: int, heads: int, d: int = 32) -> Case:
     channels, kernel = heads * d, 3
     pairs = kernel * side - 2
-    return Case(
-        op="depthwise_conv2d",
-        variant="depthwise 3x3",
-        family="part",
-        shape=_map(batch, side, heads, d),
-        pattern="self noncausal",
+    return part(
+        "depthwise_conv2d",
+        "depthwise 3x3",
+        _map(batch, side, heads, d),
+        "self noncausal",
+        lambda x, kernel: depthwise_conv2d(x, kernel, padding=1),
         operands={
             "x": Operand((batch, side, side, channels)),
             "kernel": Operand((kernel, kernel, 1, channels), batched=False),
         },
-        run=lambda implementation, x, kernel: depthwise_conv2d(x, kernel, padding=1),
-        table=ONLY_XLA,
         flops=MULTIPLY_ADD * batch * pairs * pairs * channels,
     )
 
@@ -138,14 +142,14 @@ def _cross(function, variant, sizes, operands, pairs) -> Case:
         given = (tuple(partner.values()),) if partner else ()
         return function(query, key, value, *given, implementation=implementation)
 
-    return Case(
-        op=function.__name__,
-        variant=variant,
-        family="image",
-        shape=_map(batch, side, heads, d),
+    return _case(
+        function,
+        variant,
+        "image",
+        _map(batch, side, heads, d),
+        dict(zip(names, operands)),
+        run,
+        batch * heads * pairs * 2 * d,
         pattern="cross noncausal",
-        operands=dict(zip(names, operands)),
-        run=run,
         table=table_of(attention),
-        flops=MULTIPLY_ADD * batch * heads * pairs * 2 * d,
     )

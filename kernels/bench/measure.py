@@ -32,6 +32,7 @@ class Plan:
         limits: the device's.
         directions: of `DIRECTIONS`.
         with_peers: whether to time other people's implementations.
+        wanted: keys of the rows to measure, `kernels.bench.rows.Row.key`; None: all.
     """
 
     dtypes: Sequence[str]
@@ -41,6 +42,7 @@ class Plan:
     limits: Limits
     directions: Sequence[str] = DIRECTIONS
     with_peers: bool = True
+    wanted: frozenset[tuple[Any, ...]] | None = None
 
 
 def platform() -> str:
@@ -111,6 +113,22 @@ def blank(case: Case, dtype: str, direction: str, implementation: str, device: A
     )
 
 
+def attempt(row: Row, run: Callable[[], Any], is_peer: bool = False) -> Any:
+    """What `run` returns; what it raises becomes the row's status."""
+    try:
+        return run()
+    except NotImplementedError as error:
+        row.status, row.reason = "not supported", first_line(error)
+    # Whatever a compiler or a driver raises is a result here, and the other rows are to come.
+    except Exception as error:
+        if is_out_of_memory(error):
+            row.status = "out of memory"
+        else:
+            row.status = "not supported" if is_peer else "failed"
+        row.reason = f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
 class _Group:
     """The rows of a case in one dtype: what they share, and each direction in turn."""
 
@@ -128,30 +146,17 @@ class _Group:
                 (candidate, blank(self.case, self.dtype, direction, candidate.name, self.device, self.plan.limits))
                 for candidate in candidates(self.case, self.plan.with_peers)
             ]
+            if self.plan.wanted is not None:
+                group = [(candidate, row) for candidate, row in group if row.key in self.plan.wanted]
             found += [row for _, row in group]
             started = []
             for candidate, row in group:
-                timed = self.attempt(row, functools.partial(self.start, candidate, row), candidate.is_peer)
+                timed = attempt(row, functools.partial(self.start, candidate, row), candidate.is_peer)
                 if timed is not None:
                     started.append((row, timed))
             if started:
-                self.time(started)
+                time_together(started, self.plan.repeats, self.plan.target, self.plan.budget)
         return found
-
-    def attempt(self, row: Row, run: Callable[[], Any], is_peer: bool = False) -> Any:
-        """What `run` returns; what it raises becomes the row's status."""
-        try:
-            return run()
-        except NotImplementedError as error:
-            row.status, row.reason = "not supported", first_line(error)
-        # Whatever a compiler or a driver raises is a result here, and the other rows are to come.
-        except Exception as error:
-            if is_out_of_memory(error):
-                row.status = "out of memory"
-            else:
-                row.status = "not supported" if is_peer else "failed"
-            row.reason = f"{type(error).__name__}: {first_line(error)}"
-        return None
 
     def start(self, candidate: Candidate, row: Row) -> Timed | None:
         """Compiles and checks; None, with the row's status set, if there is nothing to time."""
@@ -213,29 +218,30 @@ class _Group:
             row.reason = _what_is_wrong(row)
         return right
 
-    def time(self, started: Sequence[tuple[Row, Timed]]) -> None:
-        plan, timed = self.plan, [timed for _, timed in started]
-        self.attempt_all(started, lambda: take_turns(timed, plan.repeats, plan.target, plan.budget))
-        if self.device.platform != "cpu":
-            profile([t for row, t in started if row.status == "ok"], plan.repeats)
-        for row, t in started:
-            if row.status == "ok":
-                self.fill(row, t)
 
-    def attempt_all(self, started: Sequence[tuple[Row, Timed]], run: Callable[[], None]) -> None:
-        """One row that fails while the rows take turns fails for all of them."""
-        for row, _ in started[:1]:
-            self.attempt(row, run)
-            for other, _ in started[1:]:
-                other.status, other.reason = row.status, row.reason
+def time_together(started: Sequence[tuple[Row, Timed]], repeats: int, target: float, budget: float) -> None:
+    """Times programs in turns and fills in their rows; one that fails meanwhile fails for all of them."""
+    timed = [timed for _, timed in started]
+    for row, _ in started[:1]:
+        attempt(row, lambda: take_turns(timed, repeats, target, budget))
+        for other, _ in started[1:]:
+            other.status, other.reason = row.status, row.reason
+    if jax.default_backend() != "cpu":
+        profile([t for row, t in started if row.status == "ok"], repeats)
+    for row, t in started:
+        if row.status == "ok":
+            _fill(row, t)
 
-    def fill(self, row: Row, timed: Timed) -> None:
-        row.p20_ms, row.median_ms, row.p80_ms = percentiles(timed.seconds)
-        row.wall_ms = statistics.median(timed.walls) * 1e3
-        row.method, row.repeats, row.calls = timed.method, len(timed.seconds), timed.calls
-        if timed.method == PROFILER:
-            row.calls = 1
+
+def _fill(row: Row, timed: Timed) -> None:
+    row.p20_ms, row.median_ms, row.p80_ms = percentiles(timed.seconds)
+    row.wall_ms = statistics.median(timed.walls) * 1e3
+    row.method, row.repeats, row.calls = timed.method, len(timed.seconds), timed.calls
+    if timed.method == PROFILER:
+        row.calls = 1
+    if row.flops is not None:
         row.flops_per_s = row.flops / (row.median_ms / 1e3)
+    if row.floor_ms is not None:
         row.times_floor = row.median_ms / row.floor_ms
 
 

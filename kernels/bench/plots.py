@@ -70,6 +70,22 @@ class _Axis:
         return powers
 
 
+class _FlatAxis(_Axis):
+    """From values to pixels, in proportion, from 0 on."""
+
+    def __init__(self, values: Sequence[Number], start: Number, stop: Number):
+        self.low, self.high, self.start, self.stop = 0.0, 1.04 * max(*values, 1e-9), start, stop
+
+    def __call__(self, value: Number) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
+
+    def ticks(self) -> list[float]:
+        """A quarter of a power of ten apart, or all of it."""
+        step = 10.0 ** math.floor(math.log10(self.high))
+        step = step / 4 if self.high < 2 * step else step
+        return [step * n for n in range(int(self.high / step) + 1)]
+
+
 def plot(
     title: str,
     lines: Sequence[Line],
@@ -81,6 +97,7 @@ def plot(
     base: int = 10,
     marks: Sequence[Mark] = (),
     limits: Sequence[Line] = (),
+    flat: bool = False,
 ) -> str:
     """One plot.
 
@@ -92,13 +109,15 @@ def plot(
         base: of the ticks along x.
         marks: rings.
         limits: lines in grey, without points.
+        flat: whether the axis upwards is linear, from 0 on.
     """
     lines = [line for line in lines if line.points]
     points = [point for line in (*lines, *limits) for point in line.points] + [(m.x, m.y) for m in marks]
     if not points:
         return ""
     across = _Axis([p[0] for p in points], LEFT, WIDTH - RIGHT, base)
-    up = _Axis([p[1] for p in points], HEIGHT - BOTTOM, TOP, 10)
+    values = [p[1] for p in points]
+    up = _Axis(values, HEIGHT - BOTTOM, TOP, 10) if not flat else _FlatAxis(values, HEIGHT - BOTTOM, TOP)
     parts = [element("title", escape(title))]
     for value in across.ticks():
         at = f"{across(value):.1f}"

@@ -16,7 +16,7 @@ class Row:
     """One implementation of one op at one shape, dtype and direction; what was not measured is None.
 
     Attributes:
-        op: public function.
+        op: public function, or model.
         variant: its name in tables.
         label: the variant with what is special about its pattern.
         family: the heading that it stands under.
@@ -27,7 +27,8 @@ class Row:
         length: tokens, of a sequence.
         dtype: of the operands.
         pattern: self or cross, causal or noncausal.
-        direction: `"forward"` or `"forward+backward"`, outputs and all gradients in one program.
+        direction: `"forward"` or `"forward+backward"`, outputs and all gradients in one program; of whole models
+            `"inference"` or `"training"`, a step with its update.
         status: one of `STATUSES`. Only `"ok"` rows have times.
         reason: for the other statuses; of an `"ok"` row why it could not be compared with float64.
         method: how the times were taken.
@@ -55,6 +56,11 @@ class Row:
         blocks: block sizes of the kernels in it, by kernel.
         tuned: whether any of them is a measured choice.
         estimate_ms: for a device that is not there.
+        images_per_s, tokens_per_s: of whole models, by the median or the estimate.
+        parameters: of whole models.
+        mqar, passkey: accuracy after training on the task, the mean of `seeds` runs; `*_low` and `*_high` are the
+            worst and the best of them.
+        equal_state: whether the state is as large as that of most variants in the same run.
     """
 
     op: str
@@ -100,6 +106,17 @@ class Row:
     blocks: dict[str, Any] | None = None
     tuned: bool | None = None
     estimate_ms: float | None = None
+    images_per_s: float | None = None
+    tokens_per_s: float | None = None
+    parameters: int | None = None
+    mqar: float | None = None
+    mqar_low: float | None = None
+    mqar_high: float | None = None
+    passkey: float | None = None
+    passkey_low: float | None = None
+    passkey_high: float | None = None
+    seeds: int | None = None
+    equal_state: bool | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -116,9 +133,13 @@ def to_dict(row: Row) -> dict[str, Any]:
     return {name: _plain(value) for name, value in dataclasses.asdict(row).items()}
 
 
+def to_text(meta: dict[str, Any], rows: list[Row], indent: int | None = None) -> str:
+    """Meta data and rows as JSON."""
+    return json.dumps({"meta": meta, "rows": [to_dict(row) for row in rows]}, indent=indent, allow_nan=False)
+
+
 def write_json(path: str, meta: dict[str, Any], rows: list[Row]) -> None:
-    text = json.dumps({"meta": meta, "rows": [to_dict(row) for row in rows]}, indent=1, allow_nan=False)
-    pathlib.Path(path).write_text(text + "\n")
+    pathlib.Path(path).write_text(to_text(meta, rows, indent=1) + "\n")
 
 
 def write_csv(path: str, rows: list[Row]) -> None:
@@ -134,9 +155,14 @@ def read_json(path: str) -> tuple[dict[str, Any], list[Row]]:
     Raises:
         ValueError: for a file that is none of this benchmark's.
     """
-    known = {field.name for field in dataclasses.fields(Row)}
     try:
-        found = json.loads(pathlib.Path(path).read_text())
-        return found["meta"], [Row(**{k: v for k, v in row.items() if k in known}) for row in found["rows"]]
+        return from_text(pathlib.Path(path).read_text())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no result of this benchmark: {error}") from error
+
+
+def from_text(text: str) -> tuple[dict[str, Any], list[Row]]:
+    """What `to_text` made."""
+    known = {field.name for field in dataclasses.fields(Row)}
+    found = json.loads(text)
+    return found["meta"], [Row(**{k: v for k, v in row.items() if k in known}) for row in found["rows"]]

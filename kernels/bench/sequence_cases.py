@@ -22,8 +22,7 @@ from kernels import (
     short_conv,
     yaad,
 )
-from kernels.bench.case import MULTIPLY_ADD, Case, Operand, table_of
-from kernels.bench.image_cases import ONLY_XLA
+from kernels.bench.case import MULTIPLY_ADD, Case, Operand, part, table_of
 from kernels.running import running
 
 # Tokens of a cluster or a block of local attention.
@@ -43,7 +42,7 @@ def _case(op, variant, family, sizes, pattern, operands, options, flops, table, 
         op=name or op.__name__,
         variant=variant,
         family=family,
-        shape=f"B{batch} N{tokens} H{heads} D{d}",
+        shape=_shape(*sizes),
         pattern=pattern,
         operands=operands,
         run=run,
@@ -52,6 +51,10 @@ def _case(op, variant, family, sizes, pattern, operands, options, flops, table, 
         length=tokens,
         state=state,
     )
+
+
+def _shape(batch, tokens, heads, d) -> str:
+    return f"B{batch} N{tokens} H{heads} D{d}"
 
 
 def _qkv(batch, tokens, heads, d, key: str = "normal", source: int | None = None) -> dict[str, Operand]:
@@ -89,23 +92,28 @@ def softmax(batch: int, tokens: int, heads: int, d: int, *, causal: bool = False
     )
 
 
-def linear(batch: int, tokens: int, heads: int, d: int, *, causal: bool = False, source: int | None = None) -> Case:
-    """Written, read, and the sum that it is divided by."""
-    sizes, options = (batch, tokens, heads, d), dict(causal=causal)
-    sums = (tokens + (tokens if source is None else source)) * d * d + tokens * d
-    # A channel of ones goes along with the values.
+def _linear(op: Callable[..., Any], variant: str, sizes, causal: bool, source: int | None, flops: int) -> Case:
+    """A relative of linear attention: a recurrence where it is causal."""
     return _case(
-        linear_attention,
-        "linear",
+        op,
+        variant,
         "scan" if causal else "sequence",
         sizes,
         _pattern(causal, source),
         _qkv(*sizes, source=source),
-        options,
-        2 * tokens * d * (d + 1) if causal else sums,
-        table_of(linear_attention),
-        _carried(linear_attention, **options) if causal else None,
+        dict(causal=causal),
+        flops,
+        table_of(op),
+        _carried(op, causal=causal) if causal else None,
     )
+
+
+def linear(batch: int, tokens: int, heads: int, d: int, *, causal: bool = False, source: int | None = None) -> Case:
+    """Written, read, and the sum that it is divided by."""
+    sums = (tokens + (tokens if source is None else source)) * d * d + tokens * d
+    # A channel of ones goes along with the values.
+    products = 2 * tokens * d * (d + 1) if causal else sums
+    return _linear(linear_attention, "linear", (batch, tokens, heads, d), causal, source, products)
 
 
 def gated(batch: int, tokens: int, heads: int, d: int, *, decay: str | None = None) -> Case:
@@ -152,40 +160,17 @@ def delta(batch: int, tokens: int, heads: int, d: int, *, decay: bool = False) -
 
 def flow(batch: int, tokens: int, heads: int, d: int, *, causal: bool = False, source: int | None = None) -> Case:
     """Written and read once; four flows, vectors in and out of each."""
-    sizes, options = (batch, tokens, heads, d), dict(causal=causal)
     other = tokens if source is None else source
     products = 2 * tokens * d * d + 4 * 2 * tokens * d if causal else (tokens + other) * (d * d + 2 * d)
-    return _case(
-        flow_attention,
-        "flow",
-        "scan" if causal else "sequence",
-        sizes,
-        _pattern(causal, source),
-        _qkv(*sizes, source=source),
-        options,
-        products,
-        table_of(flow_attention),
-        _carried(flow_attention, **options) if causal else None,
-    )
+    return _linear(flow_attention, "flow", (batch, tokens, heads, d), causal, source, products)
 
 
 def norm_aware(batch: int, tokens: int, heads: int, d: int, *, causal: bool = False, source: int | None = None) -> Case:
     """As linear attention with twice the features."""
-    sizes, options = (batch, tokens, heads, d), dict(causal=causal)
     other, features = tokens if source is None else source, 2 * d
-    reads = 2 * tokens * features * (d + 1)
-    return _case(
-        norm_aware_linear_attention,
-        "norm-aware",
-        "scan" if causal else "sequence",
-        sizes,
-        _pattern(causal, source),
-        _qkv(*sizes, source=source),
-        options,
-        reads if causal else (tokens + other) * features * d + tokens * features,
-        table_of(norm_aware_linear_attention),
-        _carried(norm_aware_linear_attention, **options) if causal else None,
-    )
+    sums = (tokens + other) * features * d + tokens * features
+    products = 2 * tokens * features * (d + 1) if causal else sums
+    return _linear(norm_aware_linear_attention, "norm-aware", (batch, tokens, heads, d), causal, source, products)
 
 
 def local(batch: int, tokens: int, heads: int, d: int, *, causal: bool = True, block: int = WINDOW) -> Case:
@@ -265,18 +250,13 @@ def memory(batch: int, tokens: int, heads: int, d: int, *, rule: str = "yaad") -
 
 def conv(batch: int, tokens: int, heads: int, d: int, *, width: int = 4) -> Case:
     channels = heads * d
-    return Case(
-        op="short_conv",
-        variant=f"short conv {width}",
-        family="part",
-        shape=f"B{batch} N{tokens} H{heads} D{d}",
-        pattern="self causal",
-        operands={
-            "x": Operand((batch, tokens, channels)),
-            "kernel": Operand((width, channels), batched=False),
-        },
-        run=lambda implementation, x, kernel: short_conv(x, kernel),
-        table=ONLY_XLA,
+    return part(
+        "short_conv",
+        f"short conv {width}",
+        _shape(batch, tokens, heads, d),
+        "self causal",
+        short_conv,
+        operands={"x": Operand((batch, tokens, channels)), "kernel": Operand((width, channels), batched=False)},
         flops=MULTIPLY_ADD * batch * channels * (width * tokens - width * (width - 1) // 2),
         length=tokens,
         state=lambda x, kernel: short_conv(x, kernel, return_state=True)[1],
@@ -284,15 +264,13 @@ def conv(batch: int, tokens: int, heads: int, d: int, *, width: int = 4) -> Case
 
 
 def running_sum(batch: int, tokens: int, heads: int, d: int) -> Case:
-    return Case(
-        op="running",
-        variant="running sum",
-        family="part",
-        shape=f"B{batch} N{tokens} H{heads} D{d}",
-        pattern="self causal",
+    return part(
+        "running",
+        "running sum",
+        _shape(batch, tokens, heads, d),
+        "self causal",
+        running,
         operands={"x": Operand((batch, tokens, heads * d))},
-        run=lambda implementation, x: running(x),
-        table=ONLY_XLA,
         flops=batch * (tokens - 1) * heads * d,
         passes=2,
         length=tokens,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax.numpy as jnp
 
@@ -12,6 +13,7 @@ from kernels.choices import check_choice
 
 SIZES = ("small", "full")
 DTYPES = ("float32", "bfloat16")
+T = TypeVar("T")
 
 
 def quick(size: str) -> list[Case]:
@@ -145,10 +147,19 @@ def chosen(suite: str, size: str, ops: Sequence[str] = (), shapes: Sequence[str]
     wanted = {name(op) for op in ops}
     if wanted:
         cases = [case for case in cases if wanted & {name(case.op), name(case.variant)}]
-    words = {word.rstrip(",") for case in cases for word in case.shape.split()}
+    return chosen_shapes(cases, shapes, lambda case: case.shape)
+
+
+def chosen_shapes(cases: Sequence[T], shapes: Sequence[str], shape_of: Callable[[T], str]) -> list[T]:
+    """Those in whose shape one of the words stands; all if there are none.
+
+    Raises:
+        ValueError: for a word that is in no shape, with the nearest one.
+    """
+    words = [{word.rstrip(",") for word in shape_of(case).split()} for case in cases]
     for shape in shapes:
-        check_choice("shape", shape, sorted(words))
-    return [case for case in cases if not shapes or set(shapes) & {w.rstrip(",") for w in case.shape.split()}]
+        check_choice("shape", shape, sorted(set().union(*words)))
+    return [case for case, its in zip(cases, words) if not shapes or its & set(shapes)]
 
 
 def checked_dtypes(dtypes: Sequence[str]) -> list[str]:

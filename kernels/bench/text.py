@@ -3,7 +3,7 @@
 from kernels.bench.rows import Row
 
 UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-PASS = {"forward": "forward", "forward+backward": "+backward"}
+PASS = {"forward": "forward", "forward+backward": "+backward", "inference": "inference", "training": "training"}
 
 
 def short(number: int | float) -> str:
