@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             batch=arguments.batch,
             compare=arguments.compare,
             classes=arguments.classes,
+            effort=arguments.effort,
             say=say,
         )
         if arguments.json:
@@ -98,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
         help="plan this too, side by side; repeatable",
     )
     parser.add_argument("--classes", type=_positive, metavar="N", help="of image data that is not there to be counted")
+    parser.add_argument(
+        "--effort",
+        choices=plan.EFFORTS,
+        help="of the compiler for TPUs (default: as in training); O0 takes a fifth of the time and overstates the traffic",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     return parser
 
@@ -121,6 +127,7 @@ def make(
     batch: int | str | None = None,
     compare: Sequence[str] = (),
     classes: int | None = None,
+    effort: str | None = None,
     say: plan.Say = lambda text: None,
 ) -> list[plan.Plan]:
     """The plan of a config, and those of its variants.
@@ -131,6 +138,7 @@ def make(
         batch: examples of a step over all devices; `"auto"` finds the largest that fits, of every variant its own.
         compare: variants, each `"KEY=VALUE"` or several of those with commas between.
         classes: see `train.stand_in.dataset`.
+        effort: see `train.plan.plan`.
         say: is told what is being done.
 
     Raises:
@@ -151,7 +159,7 @@ def make(
         raise ValueError(f"--batch auto needs a compiler, which there is none of for {topology}; give a number")
     plans = []
     for config, label in zip(configs, ("as given", *compare)):
-        how = dict(label=label, classes=classes, say=say)
+        how = dict(label=label, classes=classes, effort=effort, say=say)
         if batch == "auto":
             plans.append(_largest(config, on, how))
         else:

@@ -26,6 +26,8 @@ PASSES = {"default": 1, "high": 3, "highest": 6}
 # "total memory required (20.00G) exceeds available HBM (15.75G)", and as it was said before.
 _REFUSED = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 _REFUSED_BEFORE = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# What the compiler may be asked for; not said, it is O2 that a training gets.
+EFFORTS = ("O0", "O1", "O2", "O3")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 Say = Callable[[str], None]
@@ -93,6 +95,7 @@ class Plan:
         per_second: images or tokens over all devices at that; mfu: of `model_flops`.
         implementations: op -> what computes it; kernels: the kernels in the program.
         planning_seconds: that this took.
+        compiler_options: that a training's compilation would not have.
         notes: what to know of the numbers.
     """
 
@@ -135,6 +138,7 @@ class Plan:
     per_second: float | None = None
     mfu: float | None = None
     planning_seconds: float = 0.0
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -193,6 +197,7 @@ def plan(
     *,
     label: str = "",
     classes: int | None = None,
+    effort: str | None = None,
     say: Say = lambda text: None,
 ) -> Plan:
     """Plans the training step of a config.
@@ -202,6 +207,7 @@ def plan(
         on: the devices.
         label: a name for the plan.
         classes: see `train.stand_in.dataset`.
+        effort: one of `EFFORTS` that the compiler for a TPU makes, None for what it makes for a training.
         say: is told what is being done.
 
     Raises:
@@ -254,7 +260,13 @@ def plan(
     )
     if on.platform == "tpu":
         say(f"compiling {name}")
-        found |= _compiled(lowered, on, notes)
+        found["compiler_options"] = options = {"xla_optimization_level": f"EFFORT_{effort}"} if effort else {}
+        if effort:
+            notes.append(
+                f"compiled with effort {effort}, which a training is not: less is fused and kept on the chip, so that "
+                "traffic is higher than in training, memory a little"
+            )
+        found |= _compiled(lowered, on, notes, options)
     else:
         found |= _lowered(found, notes)
     examples = flops.examples(batch)
@@ -291,10 +303,10 @@ def kernels_in(text: str) -> list[str]:
     return sorted(names)
 
 
-def _compiled(lowered: Any, on: Target, notes: list[str]) -> dict[str, Any]:
+def _compiled(lowered: Any, on: Target, notes: list[str], options: dict[str, str]) -> dict[str, Any]:
     """What the compiler makes of the program, or what it wants where it refuses."""
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         refused = out_of_memory(str(error))
         if refused is None:

@@ -33,7 +33,8 @@ def _count(number: int | float | None) -> str:
     return f"{number / 1e12:.2f} T" if number >= 1e12 else scaled(round(number))
 
 
-def _time(seconds: int | float | None) -> str:
+def time(seconds: int | float | None) -> str:
+    """Seconds for a person."""
     if seconds is None:
         return "not known"
     unit, scale = next(
@@ -80,9 +81,9 @@ _WORK: tuple[Row, ...] = (
 )
 _TIME: tuple[Row, ...] = (
     ("least time", lambda p: None, str, ""),
-    ("  compute", lambda p: p.seconds_compute, _time, "matrix products at the bfloat16 peak"),
-    ("  memory", lambda p: p.seconds_memory, _time, "HBM at its full bandwidth"),
-    ("  interconnect", lambda p: p.seconds_interconnect, _time, "all links at once"),
+    ("  compute", lambda p: p.seconds_compute, time, "matrix products at the bfloat16 peak"),
+    ("  memory", lambda p: p.seconds_memory, time, "HBM at its full bandwidth"),
+    ("  interconnect", lambda p: p.seconds_interconnect, time, "all links at once"),
 )
 
 
@@ -163,7 +164,7 @@ def _rows(plans: Sequence[Plan]) -> Iterable[tuple[str, list[Any], list[str | No
         yield texts("  bound by", lambda plan: plan.bound or "-")
         yield from numbers(
             (
-                ("  ESTIMATED step", lambda p: p.seconds, _time, "the largest of the three: a roofline"),
+                ("  ESTIMATED step", lambda p: p.seconds, time, "the largest of the three: a roofline"),
                 (f"  {plans[0].unit} a second", lambda p: p.per_second, _count, "at that"),
                 ("  MFU", lambda p: p.mfu, _share, "at that"),
             )

@@ -1,5 +1,6 @@
 """The device mesh, and where parameters, optimizer state and batches lie on it."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -11,10 +12,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels.dispatch import only_for
+from kernels.partition import BATCH_AXES, SEQUENCE_AXIS
 
 AXES = ("data", "fsdp", "tensor", "sequence")
-BATCH_AXES = ("data", "fsdp")
-SEQUENCE_AXIS = "sequence"
 Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
@@ -125,24 +125,33 @@ def state_shardings(state: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def gathered(params: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
-    """The parameters as they are used, whole along `fsdp`, on a mesh where `tensor` divides them too; else as they are.
+    """The parameters as they are used, whole along `fsdp`; their gradients lie where the parameters do.
 
-    With batches along `data` and `fsdp`, kernels along `fsdp` and `tensor` and all three axes larger than 1, XLA's
-    partitioner made wrong products of some linear layers (jax 0.10.2): here it is left no choice.
+    Left to itself XLA's partitioner (jax 0.10.2) moves activations wherever those are smaller than a kernel. On 256
+    chips libtpu takes minutes for the routes of each such all-to-all. And with batches along `data` and `fsdp`, kernels
+    along `fsdp` and `tensor` and all three axes larger than 1 the products of some linear layers came out wrong.
 
     Args:
         params: parameters by name.
         places: shardings of these parameters, perhaps of others too.
     """
     places = {name: places[name] for name in params}
-    shape = jax.tree.leaves(places)[0].mesh.shape
-    if min(shape["fsdp"], shape["tensor"]) == 1:
+    if jax.tree.leaves(places)[0].mesh.shape["fsdp"] == 1:
         return params
+    return jax.tree.map(_gathered, params, places)
 
-    def used(place):
-        return NamedSharding(place.mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in place.spec)))
 
-    return jax.lax.with_sharding_constraint(params, jax.tree.map(used, places))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(param: jax.Array, place: NamedSharding) -> jax.Array:
+    spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in place.spec))
+    return jax.lax.with_sharding_constraint(param, NamedSharding(place.mesh, spec))
+
+
+# Plain differentiation would have the gradient whole, too.
+_gathered.defvjp(
+    lambda param, place: (_gathered(param, place), None),
+    lambda place, _, gradient: (jax.lax.with_sharding_constraint(gradient, place),),
+)
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
