@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--effort",
         choices=plan.EFFORTS,
-        help="of the compiler for TPUs (default: as in training); O0 takes a fifth of the time and overstates the traffic",
+        help="of the compiler for TPUs; O0 takes a fifth of the time and overstates traffic (default: as in training)",
     )
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     return parser
