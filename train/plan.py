@@ -224,8 +224,6 @@ def plan(
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
     name = f"{config.model.name}, batch {config.data.batch_size} on {on.topology} ({shape})"
     say(f"tracing {name}")
-    # A kernel that was traced before would not be recorded.
-    compat.forget_traced()
     with record_choices() as choices:
         traced = built.train_step.trace(*arguments)
     # Kernels for GPUs ask the mesh in effect what they are lowered for.
