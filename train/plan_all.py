@@ -50,29 +50,23 @@ def _text(name: str, length: int = 4096, *words: str) -> tuple[str, str, Words]:
 _VOCABULARY = "model.overrides.vocab_size=32000"
 _MEMORY = (_VOCABULARY, "model.overrides.conv_width=4", "remat=full")
 
-# The largest of every family first, then one of every other, the fused forms and the small ones last.
+# Three that are large, then one of every family and of every mixer.
 _MODELS = (
     _image("davit_giant", 1024),
     _image("maxvit_xlarge_tf_224", 4096, "remat=full"),
     _text("yaad_1b3", 4096, *_MEMORY),
     _text("moneta_1b3", 4096, *_MEMORY),
-    _image("biformer_base", 1024),
+    _image("maxvit_tiny_tf_224", 4096),
+    _image("biformer_small", 1024),
     _image("care_s2", 1536, "distill.teacher="),
-    _image("deit3_huge_patch14_224", 1024),
-    _image("dcal_deit_base", 256, "data.image_size=448"),
+    _image("vit_base_patch16_224", 1024),
+    _image("dcal_deit_small", 256, "data.image_size=448"),
     _image("ahan_vit_b16", 1024),
-    _text("transformer_1b3", 4096, _VOCABULARY, "remat=full"),
-    _text("gated_deltanet_1b3", 4096, *_MEMORY),
+    *(_text(f"{name}_170m", 4096, _VOCABULARY) for name in ("transformer", "sliding_window", "linear_attention")),
+    *(_text(f"{name}_170m", 4096, _VOCABULARY) for name in ("retnet", "lightning", "gla", "hgrn2")),
+    *(_text(f"{name}_170m", 4096, _VOCABULARY) for name in ("hgrn2_h", "gated_deltanet_h")),
+    *(_text(f"{name}_170m", 4096, *_MEMORY) for name in ("deltanet", "gated_deltanet", "memora")),
     _text("routing_transformer_enwik8_8k", 8192, "model.overrides.vocab_size=256", "remat=full"),
-    _text("memora_340m", 4096, *_MEMORY),
-    _text("gated_deltanet_h_1b3", 4096, _VOCABULARY, "remat=full"),
-    _text("gla_1b3", 4096, _VOCABULARY, "remat=full"),
-    _text("hgrn2_1b3", 4096, _VOCABULARY, "remat=full"),
-    _text("retnet_1b3", 4096, _VOCABULARY, "remat=full"),
-    _text("deltanet_1b3", 4096, *_MEMORY),
-    _text("lightning_1b3", 4096, _VOCABULARY, "remat=full"),
-    _text("linear_attention_1b3", 4096, _VOCABULARY, "remat=full"),
-    _text("sliding_window_1b3", 4096, _VOCABULARY, "remat=full"),
     _text("routing_transformer_imagenet64", 12288, "model.overrides.vocab_size=256", "remat=full"),
 )
 MODELS = {name: (spec, words) for name, spec, words in _MODELS}
