@@ -1,6 +1,5 @@
 """The device mesh, and where parameters, optimizer state and batches lie on it."""
 
-import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -125,11 +124,15 @@ def state_shardings(state: Any, rules: Rules, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def gathered(params: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
-    """The parameters as they are used, whole along `fsdp`; their gradients lie where the parameters do.
+    """The parameters as they are used: whole along `fsdp`.
 
     Left to itself XLA's partitioner (jax 0.10.2) moves activations wherever those are smaller than a kernel. On 256
-    chips libtpu takes minutes for the routes of each such all-to-all. And with batches along `data` and `fsdp`, kernels
+    chips libtpu takes minutes for the routes of one such all-to-all. And with batches along `data` and `fsdp`, kernels
     along `fsdp` and `tensor` and all three axes larger than 1 the products of some linear layers came out wrong.
+
+    It takes next to no memory: davit_tiny on v5e:2x2 (fsdp 4, batch 64) has 1215 MiB of temporaries and 200 MiB of
+    collectives. biformer_tiny on v5e:4x4 (data 2, fsdp 4, tensor 2, batch 256) has 1408 MiB and 638 MiB, without this
+    1420 MiB and 3787 MiB, and reads and writes 12.3 GiB in place of 19.7.
 
     Args:
         params: parameters by name.
@@ -138,20 +141,11 @@ def gathered(params: dict[str, Any], places: dict[str, Any]) -> dict[str, Any]:
     places = {name: places[name] for name in params}
     if jax.tree.leaves(places)[0].mesh.shape["fsdp"] == 1:
         return params
-    return jax.tree.map(_gathered, params, places)
 
+    def used(place):
+        return NamedSharding(place.mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in place.spec)))
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(param: jax.Array, place: NamedSharding) -> jax.Array:
-    spec = PartitionSpec(*(None if axis == "fsdp" else axis for axis in place.spec))
-    return jax.lax.with_sharding_constraint(param, NamedSharding(place.mesh, spec))
-
-
-# Plain differentiation would have the gradient whole, too.
-_gathered.defvjp(
-    lambda param, place: (_gathered(param, place), None),
-    lambda place, _, gradient: (jax.lax.with_sharding_constraint(gradient, place),),
-)
+    return jax.lax.with_sharding_constraint(params, jax.tree.map(used, places))
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
