@@ -124,7 +124,6 @@ def test_a_nano_of_every_family_is_planned_and_fits(names):
     for name, found in in_tpu_process(plans, names, "v5e:2x2", "O0", seconds=850).items():
         assert found["fits"] and found["hbm_bytes_state"] < found["hbm_bytes_peak"] < found["hbm_bytes_limit"], name
         assert found["flops"] and found["bytes"] and found["seconds"] and found["mesh"]["fsdp"] == 4, name
-        assert "all-to-all" not in found["collectives"], name
         assert found["compiler_options"] == {"xla_optimization_level": "EFFORT_O0"}
 
 

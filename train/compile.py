@@ -3,6 +3,7 @@
     python -m train.compile --config configs/imagenet.py:davit_tiny --topology v5e:4x4 --batch auto
     python -m train.compile --config configs/imagenet.py:davit_giant --topology v5e:16x16 \\
         --compare remat=full --compare mesh.data=1,mesh.fsdp=-1 --config.data.batch_size=1024
+    python -m train.compile --config configs/imagenet.py:davit_giant --topology v5e:16x16 --effort O0
     python -m train.compile --config configs/text.py:yaad_nano --topology h100:8
 
 The training step is compiled for TPUs that are not there, by the compiler that they would use (pip install

@@ -262,7 +262,7 @@ def plan(
         if effort:
             notes.append(
                 f"compiled with effort {effort}, which a training is not: less is fused and kept on the chip, so that "
-                "traffic is higher than in training, memory a little"
+                "traffic, and the time that follows from it, are overstated, and memory somewhat"
             )
         found |= _compiled(lowered, on, notes, options)
     else:
