@@ -95,7 +95,7 @@ class Plan:
         per_second: images or tokens over all devices at that; mfu: of `model_flops`.
         implementations: op -> what computes it; kernels: the kernels in the program.
         planning_seconds: that this took.
-        compiler_options: that a training's compilation would not have.
+        compiler_options: that a training would not be compiled with.
         notes: what to know of the numbers.
     """
 
@@ -138,7 +138,7 @@ class Plan:
     per_second: float | None = None
     mfu: float | None = None
     planning_seconds: float = 0.0
-    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
+    compiler_options: dict[str, str] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -258,7 +258,7 @@ def plan(
     )
     if on.platform == "tpu":
         say(f"compiling {name}")
-        found["compiler_options"] = options = {"xla_optimization_level": f"EFFORT_{effort}"} if effort else {}
+        found["compiler_options"] = options = {"xla_optimization_level": f"EFFORT_{effort}"} if effort else None
         if effort:
             notes.append(
                 f"compiled with effort {effort}, which a training is not: less is fused and kept on the chip, so that "
@@ -301,7 +301,7 @@ def kernels_in(text: str) -> list[str]:
     return sorted(names)
 
 
-def _compiled(lowered: Any, on: Target, notes: list[str], options: dict[str, str]) -> dict[str, Any]:
+def _compiled(lowered: Any, on: Target, notes: list[str], options: dict[str, str] | None) -> dict[str, Any]:
     """What the compiler makes of the program, or what it wants where it refuses."""
     try:
         compiled = lowered.compile(compiler_options=options)
