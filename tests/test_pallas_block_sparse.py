@@ -154,12 +154,9 @@ def test_bfloat16_is_accumulated_in_float32(implementation):
 def test_masks_on_a_gpu(batch):
     arrays, lists, direction = with_factors(FACTORS)
     rng = np.random.default_rng(2)
-    if True:
-        options = dict(
-            valid=jnp.asarray(rng.random((2, 35)) < 0.7), mask=jnp.asarray(rng.random((batch, 30, 15)) < 0.7)
-        )
-        found = by_kernel(arrays, lists, direction, "pallas_triton", key_block=5, **options)
-        assert_close(found, by_xla(arrays, lists, direction, key_block=5, **options), 4e-6)
+    valid, mask = (jnp.asarray(rng.random(shape) < 0.7) for shape in ((2, 35), (batch, 30, 15)))
+    found = by_kernel(arrays, lists, direction, "pallas_triton", key_block=5, valid=valid, mask=mask)
+    assert_close(found, by_xla(arrays, lists, direction, key_block=5, valid=valid, mask=mask), 4e-6)
 
 
 @pytest.mark.parametrize("implementation", ("xla", *KERNELS))

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton
 
 from kernels import block_sparse_plan, compat, tuning
 from kernels.block_sparse_plan import Plan, inverted
-from kernels.pallas_gpu.tiles import gather, put, side
+from kernels.pallas_gpu.tiles import dot, gather, put, side
 
 # Rows of a tile by the bytes of a number, and bytes of a tile at most: a product in float32 has no matrix instruction
 # and holds both its operands in registers.
@@ -73,11 +73,6 @@ def _blocks(plan: Plan, dtype) -> dict[str, int]:
 
 def _range(size: int, start=0):
     return start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
-
-
-def _dot(a, b, **options):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return compat.triton_dot(a, b, precision=precision, **options)
 
 
 class _Channels:
@@ -169,7 +164,7 @@ def _forward_body(*refs, plan: Plan, tiles: dict[str, int], present):
         acc, peak, total = carry
         entry, token, row, loaded, seen, factor = _listed(plan, tiles["keys"], i, block, heads, lists, weights, valid)
         k, v = heads.key.load(key, row, loaded), heads.value.load(value, row, loaded)
-        logits = _dot(q, k, trans_b=True) * plan.scale
+        logits = dot(q, k, trans_b=True) * plan.scale
         if factor is not None:
             logits = logits * factor[None, :]
         both = jnp.broadcast_to(seen[None, :], logits.shape)
@@ -186,7 +181,7 @@ def _forward_body(*refs, plan: Plan, tiles: dict[str, int], present):
         total = total * shrink + jnp.sum(p, axis=1)
         if factor is not None:
             p = p * factor[None, :]
-        return acc * shrink[:, None] + _dot(p.astype(v.dtype), v), new, total
+        return acc * shrink[:, None] + dot(p.astype(v.dtype), v), new, total
 
     carry = (
         jnp.zeros((rows.shape[0], heads.value.channels.shape[0]), jnp.float32),
@@ -218,14 +213,14 @@ def _query_body(*refs, plan: Plan, tiles: dict[str, int], present):
     def step(i, acc):
         entry, token, row, loaded, seen, factor = _listed(plan, tiles["keys"], i, block, heads, lists, weights, valid)
         k, v = heads.key.load(key, row, loaded), heads.value.load(value, row, loaded)
-        products = _dot(q, k, trans_b=True) * plan.scale
+        products = dot(q, k, trans_b=True) * plan.scale
         logits = products if factor is None else products * factor[None, :]
         both = inside[:, None] & seen[None, :]
         if mask is not None:
             column = jnp.broadcast_to((entry * plan.key.tokens + token)[None, :], logits.shape)
             both = _masked(mask, heads.batch, jnp.broadcast_to(rows[:, None], logits.shape), column, both)
         p = jnp.where(both, jnp.exp(logits - log[:, None]), 0.0)
-        plain = _dot(do, v, trans_b=True)
+        plain = dot(do, v, trans_b=True)
         ds = jnp.where(both, p * ((plain if factor is None else plain * factor[None, :]) - mean[:, None]), 0.0)
         if factor is not None:
             by_key = jnp.sum(ds * products + jnp.where(both, p * plain, 0.0), axis=0)
@@ -233,7 +228,7 @@ def _query_body(*refs, plan: Plan, tiles: dict[str, int], present):
             wanted = place < rest[5].shape[-1]
             put(rest[5], heads.batch, heads.head, tile, block, place, value=by_key, mask=wanted)
             ds = ds * factor[None, :]
-        return acc + _dot(ds.astype(k.dtype), k)
+        return acc + dot(ds.astype(k.dtype), k)
 
     acc = jnp.zeros((rows.shape[0], heads.query.channels.shape[0]), jnp.float32)
     acc = step(0, acc) if steps == 1 else jax.lax.fori_loop(0, steps, step, acc)
@@ -268,7 +263,7 @@ def _key_body(*refs, plan: Plan, tiles: dict[str, int], present):
         on_map = on_map & real
         q, do = heads.query.load(query, query_row, on_map), heads.out.load(cotangent, query_row, on_map)
         log, mean = (gather(x, heads.batch, heads.head, query_row, mask=on_map, other=0.0) for x in (summed, means))
-        logits = _dot(k, q, trans_b=True) * plan.scale
+        logits = dot(k, q, trans_b=True) * plan.scale
         if weights is not None:
             factor = gather(weights, heads.batch, place, mask=on_map, other=0.0).astype(jnp.float32)[None, :]
             logits = logits * factor
@@ -278,13 +273,13 @@ def _key_body(*refs, plan: Plan, tiles: dict[str, int], present):
             column = (entry * plan.key.tokens)[None, :] + number[:, None]
             both = _masked(mask, heads.batch, jnp.broadcast_to(query_row[None, :], both.shape), column, both)
         p = jnp.where(both, jnp.exp(logits - log[None, :]), 0.0)
-        moved = _dot(v, do, trans_b=True)
+        moved = dot(v, do, trans_b=True)
         if weights is not None:
             moved = moved * factor
         ds = jnp.where(both, p * (moved - mean[None, :]), 0.0)
         if weights is not None:
             p, ds = jnp.where(both, p * factor, 0.0), jnp.where(both, ds * factor, 0.0)
-        return key_acc + _dot(ds.astype(q.dtype), q), value_acc + _dot(p.astype(do.dtype), do)
+        return key_acc + dot(ds.astype(q.dtype), q), value_acc + dot(p.astype(do.dtype), do)
 
     shape = rows.shape[0]
     carry = tuple(jnp.zeros((shape, c.channels.shape[0]), jnp.float32) for c in (heads.key, heads.value))

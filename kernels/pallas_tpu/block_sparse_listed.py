@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels.block_sparse_plan import Blocks, Plan
+from kernels.pallas_tpu.scan_parts import Products
 
 
 def rounded(tokens: int) -> int:
@@ -144,14 +145,7 @@ def _head(plan: Plan, gathered, head: int):
 
 def product(a, b, over: tuple[int, int], dtype):
     """The product of two matrices over an axis of each, taken in `dtype` and summed in float32."""
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a.astype(dtype),
-        b.astype(dtype),
-        (((over[0],), (over[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    return Products(dtype == jnp.bfloat16)(a, b, ((over[0],), (over[1],)))
 
 
 def softmax(logits, times):
