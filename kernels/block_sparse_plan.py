@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 
 from kernels import compat
+from kernels.cost import tree_bytes
 
 DTYPES = ("bfloat16", "float32")
 # Heads wider than this would not leave a GPU enough registers.
@@ -110,7 +110,7 @@ class Plan:
         return pl.CostEstimate(
             flops=2 * pairs * (by_dim * self.dim + by_value_dim * self.value_dim),
             transcendentals=pairs,
-            bytes_accessed=sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(moved)),
+            bytes_accessed=tree_bytes(moved),
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from kernels.choices import check_choice
 from kernels.masking import document_runs
@@ -68,7 +69,7 @@ def scan_chunks(
         The state after the last token and the output `(B, N, H, E)`.
     """
     tokens = arrays[0].shape[1]
-    length = _power_of_two(tokens if form == "parallel" else min(chunk_size, tokens))
+    length = pl.next_power_of_2(tokens if form == "parallel" else min(chunk_size, tokens))
     body = _one_by_one(token) if form == "recurrent" else chunk
     # In the loop nothing can be merged across the barrier that prevent_cse would put up.
     body = jax.checkpoint(body, prevent_cse=False)
@@ -79,11 +80,7 @@ def scan_chunks(
 
 def one_chunk(x):
     """An array `(B, N, H, ...)` as the only chunk there is, `(B, H, C, ...)`; None for None."""
-    return None if x is None else _in_chunks(x, _power_of_two(x.shape[1]))[0]
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
+    return None if x is None else _in_chunks(x, pl.next_power_of_2(x.shape[1]))[0]
 
 
 def _in_chunks(x, length: int):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
@@ -68,6 +69,15 @@ def forget_traced() -> None:
 def tpu_params(**options: Any) -> pltpu.CompilerParams:
     """Compiler parameters of a Mosaic TPU kernel: `dimension_semantics`, `vmem_limit_bytes` and the like."""
     return pltpu.CompilerParams(**options)
+
+
+def tpu_roll_rows(x: jax.Array, shift: int) -> jax.Array:
+    """The rows of a matrix in a TPU kernel, row i moved right by `shift + i` columns, round the end."""
+    if interpreting():
+        # jax would write out a roll for every row.
+        row, column = (jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) for axis in (0, 1))
+        return jnp.take_along_axis(x, (column - row - shift) % x.shape[1], axis=1)
+    return pltpu.roll(x, shift, 1, stride=1, stride_axis=0)
 
 
 # What jax 0.11 and later say whenever a Triton kernel is lowered.

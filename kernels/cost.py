@@ -97,11 +97,16 @@ def cost(
         flops=total.flops,
         transcendentals=total.transcendentals,
         bytes=total.bytes,
-        io_bytes=sum(a.size * a.dtype.itemsize for a in edges),
+        io_bytes=tree_bytes(edges),
         matmul_flops=total.matmul_flops,
         by_primitive=_grouped((primitive, counts) for (_, primitive), counts in tally.items()),
         by_scope=_grouped((scope, counts) for (scope, _), counts in tally.items()),
     )
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, or `jax.ShapeDtypeStruct`s."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 # By scope and primitive.

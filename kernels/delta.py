@@ -59,8 +59,8 @@ def _xla(query, key, value, beta, log_decay, initial_state, segments, *, scale, 
 
 TABLE = (
     Implementation("xla", _xla),
-    scan_plan.delta(scan.BACKEND),
-    scan_plan.delta(recurrence.BACKEND),
+    scan_plan.implementation(scan.BACKEND, beta=True),
+    scan_plan.implementation(recurrence.BACKEND, beta=True),
 )
 
 

@@ -69,8 +69,8 @@ def _xla(
 
 TABLE = (
     Implementation("xla", _xla),
-    scan_plan.gated_linear(scan.BACKEND),
-    scan_plan.gated_linear(recurrence.BACKEND),
+    scan_plan.implementation(scan.BACKEND, beta=False),
+    scan_plan.implementation(recurrence.BACKEND, beta=False),
 )
 
 

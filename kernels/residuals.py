@@ -1,11 +1,12 @@
 """What reverse-mode differentiation keeps between the forward and the backward pass."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import Literal
+
+from kernels.cost import tree_bytes
 
 
 def residual_bytes(fn: Callable[..., Any], *args: Any) -> int:
@@ -26,4 +27,4 @@ def residual_bytes(fn: Callable[..., Any], *args: Any) -> int:
 
     outputs = jax.make_jaxpr(kept)(*args).jaxpr.outvars
     avals = {id(v): v.aval for v in outputs if not isinstance(v, Literal)}.values()
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals)
+    return tree_bytes(list(avals))

@@ -24,7 +24,6 @@ decay, which fill the last chunk, leave the state as it is.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +33,7 @@ from jax.experimental import pallas as pl
 
 from kernels import compat
 from kernels.chunks import document_starts
+from kernels.cost import tree_bytes
 from kernels.dispatch import Implementation
 
 # exp(FLOOR) is less than half the smallest float32 there is; 128 of them are a sum that `decay_sums` still has exact.
@@ -70,38 +70,28 @@ class Call:
     scale: float
 
 
-def gated_linear(backend: Backend) -> Implementation:
-    """The backend as an implementation of `kernels.gated_linear.gated_linear_attention`."""
+def implementation(backend: Backend, *, beta: bool) -> Implementation:
+    """The backend as an implementation of `kernels.delta.delta_rule`, whose operands have a `beta`, or without it of
+    `kernels.gated_linear.gated_linear_attention`."""
     return Implementation(
         backend.name,
-        functools.partial(_gated_linear, backend=backend),
-        functools.partial(_gated_linear_unsupported, backend=backend),
+        functools.partial(_served, backend=backend),
+        functools.partial(_refusal, backend=backend),
         platforms=backend.platforms,
-        batched=(True,) * 6,
+        batched=(True,) * (7 if beta else 6),
     )
 
 
-def delta(backend: Backend) -> Implementation:
-    """The backend as an implementation of `kernels.delta.delta_rule`."""
-    return Implementation(
-        backend.name,
-        functools.partial(_delta, backend=backend),
-        functools.partial(_delta_unsupported, backend=backend),
-        platforms=backend.platforms,
-        batched=(True,) * 7,
-    )
-
-
-def _gated_linear_unsupported(
-    query, key, value, log_decay, initial_state, segments, *, backend, form, return_weights, **options
-):
+def _refusal(query, key, value, *gates, backend, form, return_weights=False, **options):
     if return_weights:
         return "return_weights=True needs the weights that a kernel never writes; use implementation='xla'"
-    return _unsupported(backend, _kind(log_decay), query, key, value, form)
+    return _unsupported(backend, _kind(*_beta_and_decay(gates)), query, key, value, form)
 
 
-def _delta_unsupported(query, key, value, beta, log_decay, initial_state, segments, *, backend, form, **options):
-    return _unsupported(backend, "delta", query, key, value, form)
+def _beta_and_decay(gates):
+    """Of what follows the values: `beta` or None, and the log decay."""
+    *beta, log_decay, _, _ = gates
+    return beta[0] if beta else None, log_decay
 
 
 def _unsupported(backend, kind, query, key, value, form):
@@ -115,7 +105,9 @@ def _unsupported(backend, kind, query, key, value, form):
     return backend.unsupported(kind, *key.shape[2:], value.shape[3], _common(query, key, value))
 
 
-def _kind(log_decay):
+def _kind(beta, log_decay):
+    if beta is not None:
+        return "delta"
     return "channel" if log_decay is not None and log_decay.shape[-1] > 1 else "scalar"
 
 
@@ -124,19 +116,14 @@ def _common(*arrays):
     return jnp.result_type(*(x.dtype for x in arrays))
 
 
-def _gated_linear(query, key, value, log_decay, initial_state, segments, *, backend, scale, return_state, **options):
+def _served(query, key, value, *gates, backend, scale, return_state, **options):
     static = dict(backend=backend, scale=scale, return_state=return_state)
-    return compat.traced_once(_run, static, query, key, value, None, log_decay, initial_state, segments)
-
-
-def _delta(query, key, value, beta, log_decay, initial_state, segments, *, backend, scale, return_state, **options):
-    static = dict(backend=backend, scale=scale, return_state=return_state)
-    return compat.traced_once(_run, static, query, key, value, beta, log_decay, initial_state, segments)
+    return compat.traced_once(_run, static, query, key, value, *_beta_and_decay(gates), *gates[-2:])
 
 
 def _run(query, key, value, beta, log_decay, initial_state, segments, *, backend, scale, return_state):
     batch, tokens, heads, channels = key.shape
-    kind = "delta" if beta is not None else _kind(log_decay)
+    kind = _kind(beta, log_decay)
     dtype = _common(query, key, value)
     chunk = backend.chunk(kind, tokens, heads, channels, value.shape[-1], dtype)
     log_decay = _bounded(log_decay, segments, key.shape)
@@ -241,5 +228,5 @@ def transcendentals(kind: str, chunk: int, channels: int, decayed: bool) -> int:
 
 def estimate(flops: int, transcendentals: int, operands: Any, results: Any) -> pl.CostEstimate:
     """The cost of a kernel that reads its operands and writes its results once."""
-    moved = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves((operands, results)))
+    moved = tree_bytes((operands, results))
     return pl.CostEstimate(flops=flops, transcendentals=transcendentals, bytes_accessed=moved)

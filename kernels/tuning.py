@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental import pallas as pl
 
 FILE = pathlib.Path(__file__).with_name("tuning.json")
 
@@ -41,7 +42,7 @@ class Entry:
 
 def bucket(size: int) -> int:
     """Sizes that share an entry: the next power of two."""
-    return 1 << max(size - 1, 0).bit_length()
+    return pl.next_power_of_2(size)
 
 
 @functools.cache

@@ -296,8 +296,8 @@ def test_implementations():
     assert {choice.implementation for choice in choices} == {"xla"}
     same = routing_attention(query, None, value, means, window=W, implementation="xla")
     np.testing.assert_array_equal(same, expected)
-    with pytest.raises(NotImplementedError, match="pallas_tpu: not written for this op, which has xla"):
-        routing_attention(query, None, value, means, window=W, implementation="pallas_tpu")
+    with pytest.raises(NotImplementedError, match="cudnn: not written for this op, which has pallas_tpu"):
+        routing_attention(query, None, value, means, window=W, implementation="cudnn")
 
 
 @pytest.mark.parametrize(

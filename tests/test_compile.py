@@ -331,7 +331,7 @@ def on_tpu():
     devices = aot.tpu_devices("v5e:2x2")
     compiled = known_collectives(devices)
     memory = compiled.memory_analysis()
-    found = plan._compiled(_Lowered(compiled), plan.target("v5e:2x2"), [])
+    found = plan._compiled(_Lowered(compiled), plan.target("v5e:2x2"), [], None)
     found["of_memory_analysis"] = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -349,7 +349,7 @@ def on_tpu():
 class _Lowered:
     compiled: object
 
-    def compile(self):
+    def compile(self, compiler_options):
         return self.compiled
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from kernels import bilevel_attention, delta_rule, gated_linear_attention, window_attention
+from kernels.cluster import routing_attention
 from tests.triton_kernels import compiled_by_triton
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA's programming guide, technical
@@ -34,6 +35,16 @@ def routed(size, channels, heads, region, k, dtype):
     return op, (jax.ShapeDtypeStruct((128, size, size, 3 * channels), dtype), indices)
 
 
+def clustered(tokens, channels, window, dtype, *, ranks=False):
+    def op(query, value, means, table):
+        options = dict(window=window, relative_key=table, relative_value=table, implementation="pallas_triton")
+        return routing_attention(query, None, value, means, **options)
+
+    rows = jax.ShapeDtypeStruct((4, tokens, 4, channels), dtype)
+    means = jax.ShapeDtypeStruct((4, tokens // window, channels), jnp.float32)
+    return op, (rows, rows, means, jax.ShapeDtypeStruct((2 * window + 1, channels), dtype) if ranks else None)
+
+
 def recurrence(kind, dtype):
     shape = (4, 8192, 16)
     rows = [jax.ShapeDtypeStruct((*shape, 128), dtype)] * 3
@@ -54,6 +65,8 @@ CASES = {
     "biformer_tiny, stage 1": lambda dtype: routed(56, 64, 2, 8, 1, dtype),
     "biformer_tiny, stage 2": lambda dtype: routed(28, 128, 4, 4, 4, dtype),
     "biformer_tiny, stage 3": lambda dtype: routed(14, 256, 8, 2, 16, dtype),
+    "routing_transformer_enwik8_8k, clusters": lambda dtype: clustered(8192, 128, 512, dtype, ranks=True),
+    "routing_transformer_imagenet64, clusters": lambda dtype: clustered(12288, 64, 2048, dtype),
     "linear": lambda dtype: recurrence("linear", dtype),
     "retention": lambda dtype: recurrence("retention", dtype),
     "decay per token": lambda dtype: recurrence("per token", dtype),
@@ -62,7 +75,7 @@ CASES = {
     "gated delta rule": lambda dtype: recurrence("gated delta", dtype),
 }
 # Of recurrences in float32 Triton's compiler takes minutes, as it writes every product out.
-BY_TILE = [case for case in CASES if "stage" in case]
+BY_TILE = [case for case in CASES if "stage" in case or "clusters" in case]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
     python -m train.compile --config configs/imagenet.py:davit_tiny --topology v5e:4x4 --batch auto
     python -m train.compile --config configs/imagenet.py:davit_giant --topology v5e:16x16 \\
         --compare remat=full --compare mesh.data=1,mesh.fsdp=-1 --config.data.batch_size=1024
+    python -m train.compile --config configs/imagenet.py:davit_giant --topology v5e:16x16 --effort O0
     python -m train.compile --config configs/text.py:yaad_nano --topology h100:8
 
 The training step is compiled for TPUs that are not there, by the compiler that they would use (pip install
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             batch=arguments.batch,
             compare=arguments.compare,
             classes=arguments.classes,
+            effort=arguments.effort,
             say=say,
         )
         if arguments.json:
@@ -98,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         help="plan this too, side by side; repeatable",
     )
     parser.add_argument("--classes", type=_positive, metavar="N", help="of image data that is not there to be counted")
+    parser.add_argument(
+        "--effort",
+        choices=plan.EFFORTS,
+        help="of the compiler for TPUs; O0 takes a fifth of the time and overstates traffic (default: as in training)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     return parser
 
@@ -121,6 +128,7 @@ def make(
     batch: int | str | None = None,
     compare: Sequence[str] = (),
     classes: int | None = None,
+    effort: str | None = None,
     say: plan.Say = lambda text: None,
 ) -> list[plan.Plan]:
     """The plan of a config, and those of its variants.
@@ -131,6 +139,7 @@ def make(
         batch: examples of a step over all devices; `"auto"` finds the largest that fits, of every variant its own.
         compare: variants, each `"KEY=VALUE"` or several of those with commas between.
         classes: see `train.stand_in.dataset`.
+        effort: see `train.plan.plan`.
         say: is told what is being done.
 
     Raises:
@@ -151,7 +160,7 @@ def make(
         raise ValueError(f"--batch auto needs a compiler, which there is none of for {topology}; give a number")
     plans = []
     for config, label in zip(configs, ("as given", *compare)):
-        how = dict(label=label, classes=classes, say=say)
+        how = dict(label=label, classes=classes, effort=effort, say=say)
         if batch == "auto":
             plans.append(_largest(config, on, how))
         else:

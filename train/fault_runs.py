@@ -189,7 +189,7 @@ def _temporary(workdir: pathlib.Path) -> set[tuple[str, int]]:
 
 
 def kills(place: pathlib.Path, kills: int, *, seed: int = 0, total: int = 60, every: int = 3) -> dict[str, Any]:
-    """Kills a run at random moments, in the start-up and in training, until it is done; then the next one.
+    """Kills a run at random moments, in the start-up, between steps and in saves, until it is done; then the next one.
 
     Args:
         place: an empty directory.
@@ -199,15 +199,16 @@ def kills(place: pathlib.Path, kills: int, *, seed: int = 0, total: int = 60, ev
         every: steps between checkpoints.
 
     Returns:
-        How many `kills`; `failed` restarts; `wrong` restored states and ends, compared to the bit with a run that was
-        not killed; the most `saves_lost` and `steps_lost`; and the temporary folders `left` by one restart.
+        How many `kills`, and how many of them left a save unfinished, `in_saves`; runs that came to their `ends`;
+        `failed` restarts; `wrong` restored states and ends, compared to the bit with a run that was not killed; the
+        most `saves_lost` and `steps_lost`; and the temporary folders `left` by one restart.
     """
     settings = dict(total_steps=total, checkpoint__every_steps=every)
     code, expected = Child(place / "straight", **settings, checkpoint__keep=total).finish()
     if code:
         raise RuntimeError(f"the run without kills ended with {code}")
     draw = random.Random(seed)
-    figures = dict(kills=0, ends=0, failed=0, wrong=0, saves_lost=0, steps_lost=0, left=0)
+    figures = dict(kills=0, in_saves=0, ends=0, failed=0, wrong=0, saves_lost=0, steps_lost=0, left=0)
     workdir, newest, before = place / "run0", 0, set()
     while figures["kills"] < kills or not figures["ends"] or newest or before:
         last = figures["kills"] >= kills
@@ -215,12 +216,14 @@ def kills(place: pathlib.Path, kills: int, *, seed: int = 0, total: int = 60, ev
         if not last and draw.random() < 0.15:
             time.sleep(draw.uniform(0.1, 6.0))
         else:
-            child.until(lambda child=child: child.step())
+            # Some steps further than where it goes on, and then so soon that it may still be saving the last of them.
+            reach = newest + draw.randint(1, 6 * every)
+            child.until(lambda child=child, reach=reach: child.step() >= reach)
             begun = re.search(r"going on from step ([\d,]+) of", child.said())
             found = int(begun.group(1).replace(",", "")) if begun else 0
             figures["failed"] += found != newest or (child.ended() and bool(child.process.returncode))
             if not last:
-                time.sleep(draw.uniform(0.0, 2.0))
+                time.sleep(draw.uniform(0.0, 0.3))
         if last or child.ended():
             code, result = child.finish()
             same = not code and without_times(result) == without_times(expected)
@@ -234,6 +237,7 @@ def kills(place: pathlib.Path, kills: int, *, seed: int = 0, total: int = 60, ev
         child.kill()
         figures["kills"] += 1
         seen, steps, after = child.step(), good_steps(workdir), _temporary(workdir)
+        figures["in_saves"] += bool(after - before) or len(steps) < len(orbax_dir.list_steps(workdir / "checkpoints"))
         newest = max(steps, default=0)
         figures["wrong"] += newest > 0 and not same_bits(arrays(workdir, newest), arrays(place / "straight", newest))
         if seen:

@@ -1,4 +1,4 @@
-"""Does to small training runs what happens to long ones, and prints what was lost: a table of R1 to R9 and R11.
+"""Does to small training runs what happens to long ones, and prints what was lost: a table of R1 to R11.
 
     python -m train.faults                             # about ten minutes on two cores
     python -m train.faults --only R1 --kills 200       # half an hour and more
@@ -73,6 +73,10 @@ def _processes(place: pathlib.Path, given: argparse.Namespace) -> dict[str, Any]
     return {**found, "one of two killed": _of("fault_runs", "torn")(place / "torn", given)}
 
 
+def _planned(place: pathlib.Path, given: argparse.Namespace) -> dict[str, Any]:
+    return importlib.import_module("train.plan_all").nanos()
+
+
 FIGURES = {
     "R1": Figure(
         "killed at random moments: every restart succeeds, no wrong value, at most one save lost, nothing left over",
@@ -121,6 +125,11 @@ FIGURES = {
         "accumulation over 2, 4, 8 parts: largest distance of the gradients",
         _accumulated,
         lambda found: max(found.values()) <= ROUNDING,
+    ),
+    "R10": Figure(
+        "one small model of every family compiles for four TPU v5e that are not there, and fits",
+        _planned,
+        lambda found: found["fit"] == found["planned"] == found["models"] and not found["failed"],
     ),
     "R11": Figure(
         "2 and 4 processes against one: distance of the states after a step; one killed: the other ends in a minute",

@@ -28,6 +28,8 @@ PASSES = {"default": 1, "high": 3, "highest": 6}
 # "total memory required (20.00G) exceeds available HBM (15.75G)", and as it was said before.
 _REFUSED = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 _REFUSED_BEFORE = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# What the compiler may be asked for; not said, it is O2 that a training gets.
+EFFORTS = ("O0", "O1", "O2", "O3")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 Say = Callable[[str], None]
@@ -95,6 +97,7 @@ class Plan:
         per_second: images or tokens over all devices at that; mfu: of `model_flops`.
         implementations: op -> what computes it; kernels: the kernels in the program.
         planning_seconds: that this took.
+        compiler_options: that a training would not be compiled with.
         notes: what to know of the numbers.
     """
 
@@ -137,6 +140,7 @@ class Plan:
     per_second: float | None = None
     mfu: float | None = None
     planning_seconds: float = 0.0
+    compiler_options: dict[str, str] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -197,6 +201,7 @@ def plan(
     label: str = "",
     classes: int | None = None,
     dataset: Dataset | SequenceSet | None = None,
+    effort: str | None = None,
     say: Say = lambda text: None,
 ) -> Plan:
     """Plans the training step of a config.
@@ -207,6 +212,7 @@ def plan(
         label: a name for the plan.
         classes: see `train.stand_in.dataset`.
         dataset: the training split; None: what `train.stand_in.dataset` makes of the config.
+        effort: one of `EFFORTS` that the compiler for a TPU makes, None for what it makes for a training.
         say: is told what is being done.
 
     Raises:
@@ -223,8 +229,6 @@ def plan(
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
     name = f"{config.model.name}, batch {config.data.batch_size} on {on.topology} ({shape})"
     say(f"tracing {name}")
-    # A kernel that was traced before would not be recorded.
-    compat.forget_traced()
     with record_choices() as choices:
         traced = built.train_step.trace(*arguments)
     # Kernels for GPUs ask the mesh in effect what they are lowered for.
@@ -259,7 +263,13 @@ def plan(
     )
     if on.platform == "tpu":
         say(f"compiling {name}")
-        found |= _compiled(lowered, on, notes)
+        found["compiler_options"] = options = {"xla_optimization_level": f"EFFORT_{effort}"} if effort else None
+        if effort:
+            notes.append(
+                f"compiled with effort {effort}, which a training is not: less is fused and kept on the chip, so that "
+                "traffic, and the time that follows from it, are overstated, and memory somewhat"
+            )
+        found |= _compiled(lowered, on, notes, options)
     else:
         found |= _lowered(found, notes)
     examples = flops.examples(batch)
@@ -296,10 +306,10 @@ def kernels_in(text: str) -> list[str]:
     return sorted(names)
 
 
-def _compiled(lowered: Any, on: Target, notes: list[str]) -> dict[str, Any]:
+def _compiled(lowered: Any, on: Target, notes: list[str], options: dict[str, str] | None) -> dict[str, Any]:
     """What the compiler makes of the program, or what it wants where it refuses."""
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         refused = out_of_memory(str(error))
         if refused is None:

@@ -33,7 +33,8 @@ def _count(number: int | float | None) -> str:
     return f"{number / 1e12:.2f} T" if number >= 1e12 else scaled(round(number))
 
 
-def _time(seconds: int | float | None) -> str:
+def time(seconds: int | float | None) -> str:
+    """Seconds for a person."""
     if seconds is None:
         return "not known"
     unit, scale = next(
@@ -54,35 +55,35 @@ def _fits(plan: Plan) -> str:
     return f"[bold green]yes[/], {size(plan.hbm_bytes_limit - plan.hbm_bytes_peak)} to spare"
 
 
-Row = tuple[str, Callable[[Plan], Any], Callable[[Any], str], str]
+Row = tuple[str, str, Callable[[Any], str], str]
 
-# Heads are rows with a name only. (name, number, how it is written, what to know of it).
+# Name, field of a plan (none: a head), how it is written, what to know of it.
 _BEFORE: tuple[Row, ...] = (
-    ("batch", lambda p: p.batch, "{:,}".format, "examples of a step, over all chips"),
-    ("memory of a chip", lambda p: None, str, ""),
-    ("  parameters", lambda p: p.hbm_bytes_parameters, size, "by their shardings"),
-    ("  state", lambda p: p.hbm_bytes_state, size, "with moments and averages"),
-    ("  arguments", lambda p: p.hbm_bytes_arguments, size, "state, batch, as they lie in memory"),
-    ("  temporaries", lambda p: p.hbm_bytes_temporaries, size, "activations, gradients"),
-    ("  outputs", lambda p: p.hbm_bytes_outputs, size, ""),
-    ("  aliased", lambda p: p.hbm_bytes_aliased, size, "outputs in arguments' place"),
-    ("  code", lambda p: p.hbm_bytes_code, size, ""),
-    ("  peak", lambda p: p.hbm_bytes_peak, size, "arguments + outputs - aliased + the rest"),
-    ("  limit", lambda p: p.hbm_bytes_limit, size, "by the compiler"),
+    ("batch", "batch", "{:,}".format, "examples of a step, over all chips"),
+    ("memory of a chip", "", str, ""),
+    ("  parameters", "hbm_bytes_parameters", size, "by their shardings"),
+    ("  state", "hbm_bytes_state", size, "with moments and averages"),
+    ("  arguments", "hbm_bytes_arguments", size, "state, batch, as they lie in memory"),
+    ("  temporaries", "hbm_bytes_temporaries", size, "activations, gradients"),
+    ("  outputs", "hbm_bytes_outputs", size, ""),
+    ("  aliased", "hbm_bytes_aliased", size, "outputs in arguments' place"),
+    ("  code", "hbm_bytes_code", size, ""),
+    ("  peak", "hbm_bytes_peak", size, "arguments + outputs - aliased + the rest"),
+    ("  limit", "hbm_bytes_limit", size, "by the compiler"),
 )
 _WORK: tuple[Row, ...] = (
-    ("work of a step", lambda p: None, str, ""),
-    ("  FLOPs", lambda p: p.flops, _count, "kernels.cost, over all chips"),
-    ("  of matrix products", lambda p: p.matmul_flops, _count, "and kernels, over all chips"),
-    ("  FLOPs of a chip", lambda p: p.flops_compiler, _count, "the compiler's count, a loop's body once"),
-    ("  bytes of a chip", lambda p: p.bytes, size, "to and from HBM, counted on compiled code"),
-    ("  bytes, by compiler", lambda p: p.bytes_compiler, size, "on-chip memory too, a loop's body once"),
+    ("work of a step", "", str, ""),
+    ("  FLOPs", "flops", _count, "kernels.cost, over all chips"),
+    ("  of matrix products", "matmul_flops", _count, "and kernels, over all chips"),
+    ("  FLOPs of a chip", "flops_compiler", _count, "the compiler's count, a loop's body once"),
+    ("  bytes of a chip", "bytes", size, "to and from HBM, counted on compiled code"),
+    ("  bytes, by compiler", "bytes_compiler", size, "on-chip memory too, a loop's body once"),
 )
 _TIME: tuple[Row, ...] = (
-    ("least time", lambda p: None, str, ""),
-    ("  compute", lambda p: p.seconds_compute, _time, "matrix products at the bfloat16 peak"),
-    ("  memory", lambda p: p.seconds_memory, _time, "HBM at its full bandwidth"),
-    ("  interconnect", lambda p: p.seconds_interconnect, _time, "all links at once"),
+    ("least time", "", str, ""),
+    ("  compute", "seconds_compute", time, "matrix products at the bfloat16 peak"),
+    ("  memory", "seconds_memory", time, "HBM at its full bandwidth"),
+    ("  interconnect", "seconds_interconnect", time, "all links at once"),
 )
 
 
@@ -139,9 +140,9 @@ def _rows(plans: Sequence[Plan]) -> Iterable[tuple[str, list[Any], list[str | No
     """Name, numbers, texts (all None: a head) and comment of each row."""
 
     def numbers(rows: Sequence[Row]):
-        for name, get, write, comment in rows:
-            values = [get(plan) for plan in plans]
-            if not name.startswith("  ") and values == [None] * len(plans):
+        for name, field, write, comment in rows:
+            values = [getattr(plan, field) if field else None for plan in plans]
+            if not field:
                 yield name, values, values, comment
             elif any(value is not None for value in values):
                 yield name, values, [write(value) if value is not None else "-" for value in values], comment
@@ -163,9 +164,9 @@ def _rows(plans: Sequence[Plan]) -> Iterable[tuple[str, list[Any], list[str | No
         yield texts("  bound by", lambda plan: plan.bound or "-")
         yield from numbers(
             (
-                ("  ESTIMATED step", lambda p: p.seconds, _time, "the largest of the three: a roofline"),
-                (f"  {plans[0].unit} a second", lambda p: p.per_second, _count, "at that"),
-                ("  MFU", lambda p: p.mfu, _share, "at that"),
+                ("  ESTIMATED step", "seconds", time, "the largest of the three: a roofline"),
+                (f"  {plans[0].unit} a second", "per_second", _count, "at that"),
+                ("  MFU", "mfu", _share, "at that"),
             )
         )
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from kernels.cluster_plan import NO_KEY, NO_QUERY, Plan, attend
 from kernels.dense import accumulator_dtype
 from kernels.local import block_attention
 from kernels.masking import dropout, masked_softmax
@@ -28,6 +29,7 @@ def nearest_attention(
     dropout_rate,
     dropout_key,
     return_weights,
+    backend,
 ):
     """Every token attends to the last `window` tokens of the cluster of its best centroid.
 
@@ -38,6 +40,7 @@ def nearest_attention(
         scores: `(B, H, N, K)`.
         relative_key, relative_value, key_mask: as in `routing_attention`.
         runs: `(B, N)`, of packed documents, or None.
+        backend: has the kernels that compute it, None is XLA.
 
     Returns:
         Outputs `(B, H, N, E)`, weights `(B, H, N, N)` or None, and the clusters `(B, H, N)`.
@@ -59,24 +62,26 @@ def nearest_attention(
         indices = order.reshape(*order.shape, *(1,) * (x.ndim - 3))
         return jnp.take_along_axis(x, indices, axis=2).reshape(b * h, n, *x.shape[3:])
 
-    parts = block_attention(
-        *(ordered(x)[:, :, None] for x in (query, key, value)),
-        relative_key,
-        relative_value,
-        None if valid is None else ordered(valid),
-        ordered(group),
-        dropout_key,
-        block=window,
-        look_back=1,
-        look_ahead=0,
-        causal=True,
-        window=window,
-        scale=scale,
-        dropout_rate=dropout_rate,
-        self_logit=self_logit,
-        return_weights=return_weights,
-    )
-    out, weights = parts if return_weights else (parts, None)
+    rows = [ordered(x) for x in (query, key, value)]
+    tables, groups = (relative_key, relative_value), (None if valid is None else ordered(valid), ordered(group))
+    fields = dict(window=window, scale=scale, self_logit=self_logit)
+    if backend is None:
+        parts = block_attention(
+            *(x[:, :, None] for x in rows),
+            *tables,
+            *groups,
+            dropout_key,
+            block=window,
+            look_back=1,
+            look_ahead=0,
+            causal=True,
+            dropout_rate=dropout_rate,
+            return_weights=return_weights,
+            **fields,
+        )
+        out, weights = parts if return_weights else (parts, None)
+    else:
+        out, weights = _fused(backend, *rows, *tables, *groups, **fields), None
     out = out.reshape(b, h, n, -1).astype(accumulator_dtype(query.dtype)) / (1 + epsilon)
     out = jnp.take_along_axis(out, back[..., None], axis=2)
     if return_weights:
@@ -84,6 +89,41 @@ def nearest_attention(
         weights = jnp.take_along_axis(weights, back[..., :, None], axis=2)
         weights = jnp.take_along_axis(weights, back[..., None, :], axis=3)
     return out, weights, cluster
+
+
+def nearest_plan(tokens: int, widths, *, window: int, **fields) -> Plan:
+    """What a kernel computes of a sequence that is sorted by cluster: blocks that see themselves and those before."""
+    block = min(window, tokens)
+    before = block if tokens > block else 0
+    options = dict(causal=True, ordered=True, offset=before, window=window)
+    return Plan(block, before + block, *widths, **options, **fields)
+
+
+def _fused(backend, query, key, value, relative_key, relative_value, valid, group, **fields):
+    """`block_attention` of blocks and those before, `(G, N, channels)` sorted, by a backend's kernels."""
+    plan = nearest_plan(query.shape[1], (query.shape[2], value.shape[2]), **fields)
+    n, block = query.shape[1], plan.queries
+    blocks = -(-n // block)
+
+    def cut(x, filler=0):
+        """`(G, N, ...)` to `(G, blocks, block, ...)`."""
+        x = jnp.pad(x, [(0, 0), (0, blocks * block - n)] + [(0, 0)] * (x.ndim - 2), constant_values=filler)
+        return x.reshape(len(x), blocks, block, *x.shape[2:])
+
+    def with_earlier(x, filler=0):
+        """The same with the block before in front of every block."""
+        x = cut(x, filler)
+        if not plan.offset:
+            return x
+        earlier = jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2), constant_values=filler)
+        return jnp.concatenate([earlier, x], axis=2)
+
+    rank = jnp.broadcast_to(jnp.arange(n), group.shape)
+    of_keys = group if valid is None else jnp.where(valid, group, NO_KEY)
+    places = (cut(rank), cut(group, NO_QUERY)), (with_earlier(rank), with_earlier(of_keys, NO_KEY))
+    operands = cut(query), with_earlier(key), with_earlier(value)
+    out = attend(backend, plan, *operands, *places, relative_key, relative_value)
+    return out.reshape(len(out), blocks * block, -1)[:, :n]
 
 
 def prefix_attention(

@@ -1,14 +1,13 @@
 """Routing attention: tokens attend within clusters that learned centroids pick by content."""
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from kernels.choices import check_choice
-from kernels.cluster.causal import nearest_attention, prefix_attention
+from kernels.cluster.causal import nearest_attention, nearest_plan, prefix_attention
 from kernels.cluster.centroids import Style
 from kernels.cluster.members import (
     COUNT_EPSILON,
@@ -20,10 +19,12 @@ from kernels.cluster.members import (
     strided_members,
     top_members,
 )
-from kernels.dense import accumulator_dtype
+from kernels.cluster.within import sequence_attention, sequence_plan
 from kernels.dispatch import Implementation, dispatch
-from kernels.masking import check_dropout, document_runs, dropout, masked_softmax
-from kernels.relative import check_tables, relative_logits, relative_values
+from kernels.masking import check_dropout, document_runs
+from kernels.pallas_gpu import cluster as gpu
+from kernels.pallas_tpu import cluster as tpu
+from kernels.relative import check_tables
 
 Membership = Literal["sequence", "prefix", "nearest"]
 
@@ -219,7 +220,7 @@ def _check_memory(query, value, means, assignment, memory_key, memory_value):
             raise ValueError(f"memory_{name} must be (H, K, S, channels) = {wanted}, got {memory.shape}")
 
 
-def _xla(
+def _compute(
     query,
     key,
     value,
@@ -232,6 +233,7 @@ def _xla(
     memory_value,
     dropout_key,
     *,
+    backend,
     window,
     key_window,
     style,
@@ -242,6 +244,7 @@ def _xla(
     return_membership,
     **options,
 ):
+    """`backend` has the kernels that attend within clusters, None is XLA."""
     q, k, query_scores, key_scores = routed(query, key, means, style, assignment)
     operands = (q, k, value.transpose(0, 2, 1, 3))
     tables, masks = (relative_key, relative_value), (key_mask, runs)
@@ -254,97 +257,78 @@ def _xla(
     if membership == "prefix":
         parts = prefix_attention(*operands, on_grid(query_scores), *tables, *masks, window=window, **options)
     elif membership == "nearest":
-        parts = nearest_attention(*operands, query_scores, *tables, *masks, window=window, **options)
+        options |= dict(window=window, backend=backend)
+        parts = nearest_attention(*operands, query_scores, *tables, *masks, **options)
     else:
         choose = strided_members if assignment == "strided" else top_members
         members = choose(query_scores, min(window, query.shape[1]))
         chosen = members if key is None else choose(key_scores, min(key_window, value.shape[1]))
         memory = (memory_key, memory_value)
-        parts = _sequence(*operands, (members, chosen), *tables, *masks, *memory, causal=causal, **options)
+        options |= dict(causal=causal, backend=backend)
+        parts = sequence_attention(*operands, (members, chosen), *tables, *masks, *memory, **options)
     out, weights, members = parts
     out = out.transpose(0, 2, 1, 3).astype(value.dtype)
     extras = ((weights,) if return_weights else ()) + ((members,) if return_membership else ())
     return (out, *extras) if extras else out
 
 
-TABLE = (Implementation("xla", _xla),)
-
-
-def _sequence(
+def _unsupported(
     query,
     key,
     value,
-    members,
-    relative_key,
-    relative_value,
+    means,
     key_mask,
     runs,
+    relative_key,
+    relative_value,
     memory_key,
     memory_value,
-    *,
-    causal,
-    scale,
-    self_logit,
-    epsilon,
-    dropout_rate,
     dropout_key,
+    *,
+    backend,
+    window,
+    key_window,
+    causal,
+    membership,
+    assignment,
+    scale,
+    dropout_rate,
     return_weights,
+    **options,
 ):
-    """Attention within clusters of listed members, of operands `(B, H, tokens, channels)`."""
-    b, h, n, _ = query.shape
-    at, of = members
-    acc = accumulator_dtype(query.dtype)
-    # A key that is seen has no higher rank than the query only if both are ranked alike.
-    ordered = causal and at is of
+    relative = not (relative_key is None and relative_value is None)
+    if return_weights:
+        return "return_weights: a fused kernel never holds the weights; implementation='xla' returns them"
+    if dropout_rate:
+        return f"dropout_rate={dropout_rate}: a kernel drops no weights; 0 would do"
+    if membership == "prefix":
+        return "membership='prefix' is for evaluation and not written; 'sequence' and 'nearest' would do"
+    if relative and memory_key is not None:
+        return "memory_key with relative positions: not written; one of them None would do"
+    (b, n, h, dim), m = query.shape, value.shape[1]
+    widths, fields = (dim, value.shape[-1]), dict(scale=scale, relative=relative)
+    if membership == "nearest":
+        plan = nearest_plan(n, widths, window=window, **fields)
+        clusters = -(-n // max(1, plan.queries))
+    else:
+        slots = 0 if memory_key is None else memory_key.shape[2]
+        fields |= dict(causal=causal, ordered=causal and key is None)
+        plan = sequence_plan(min(window, n), min(key_window, m), widths, slots, **fields)
+        clusters = 2 ** means.shape[1] if assignment == "hash" else means.shape[1]
+    dtypes = {str(x.dtype) for x in (query, key, value) if x is not None}
+    return backend.refusal(plan, b * h * clusters, dtypes, max(n, m))
 
-    def gather(x, indices):
-        """`(B, H, tokens, channels)` to `(B, H, K, w, channels)`."""
-        flat = indices.reshape(b, h, -1, 1)
-        return jnp.take_along_axis(x, flat, axis=2).reshape(*indices.shape, x.shape[-1])
 
-    def per_token(x, indices):
-        """`(B, tokens)` to `(B, H, K, w)`."""
-        return gather(jnp.broadcast_to(x[:, None, :, None], (b, h, x.shape[1], 1)), indices)[..., 0]
+def _kernel(backend):
+    """A backend as an implementation."""
+    shared = (False,) * 5
+    return Implementation(
+        backend.name,
+        functools.partial(_compute, backend=backend),
+        functools.partial(_unsupported, backend=backend),
+        platforms=backend.platforms,
+        batched=(True, True, True, False, True, True, *shared),
+    )
 
-    q, k, v = gather(query, at), gather(key, of), gather(value, of)
-    logits = jnp.einsum("bhcid,bhcjd->bhcij", q, k, preferred_element_type=acc)
-    if relative_key is not None:
-        logits = logits + relative_logits(q, relative_key, of.shape[-1], causal=ordered)
-    logits = logits * scale
-    ahead = of[..., None, :] - at[..., :, None]
-    mask = jnp.ones(logits.shape, bool)
-    if causal:
-        mask = mask & (ahead <= 0)
-    if key_mask is not None:
-        mask = mask & per_token(key_mask, of)[..., None, :]
-    if runs is not None:
-        mask = mask & (per_token(runs, at)[..., :, None] == per_token(runs, of)[..., None, :])
-    if self_logit is not None:
-        logits = jnp.where(ahead == 0, self_logit, logits)
-    slots = 0
-    if memory_key is not None:
-        slots = memory_key.shape[2]
-        remembered = jnp.einsum("bhcid,hcsd->bhcis", q, memory_key.astype(q.dtype), preferred_element_type=acc)
-        logits = jnp.concatenate([remembered * scale, logits], axis=-1)
-        mask = jnp.pad(mask, [(0, 0)] * 4 + [(slots, 0)], constant_values=True)
-        recalled = jnp.broadcast_to(memory_value.astype(v.dtype), (b, *memory_value.shape))
-        v = jnp.concatenate([recalled, v], axis=3)
-    weights = dropout(masked_softmax(logits, mask), dropout_rate, dropout_key)
-    cast = weights.astype(value.dtype)
-    out = jnp.einsum("bhcij,bhcje->bhcie", cast, v, preferred_element_type=acc)
-    if relative_value is not None:
-        out = out + relative_values(cast[..., slots:], relative_value, causal=ordered)
 
-    def sums(x, indices, tokens):
-        """`(B, H, K, w, ...)` summed into `(B, H, tokens, ...)`."""
-        add = jax.vmap(jax.vmap(lambda x, i: jax.ops.segment_sum(x, i, tokens)))
-        return add(x.reshape(b, h, -1, *x.shape[indices.ndim :]), indices.reshape(b, h, -1))
-
-    times = sums(jnp.ones(at.shape, acc), at, n)
-    out = sums(out, at, n) / (times[..., None] + epsilon)
-    if not return_weights:
-        return out, None, members
-    m = value.shape[2]
-    pairs = at[..., :, None] * m + of[..., None, :]
-    weights = sums(weights[..., slots:], pairs, n * m).reshape(b, h, n, m)
-    return out, weights / (times[..., None] + epsilon), members
+TABLE = (_kernel(tpu.BACKEND), _kernel(gpu.BACKEND), Implementation("xla", functools.partial(_compute, backend=None)))

@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton
 
 from kernels import block_sparse_plan, compat, tuning
 from kernels.block_sparse_plan import Plan, inverted
+from kernels.pallas_gpu.tiles import gather, put, side
 
 # Rows of a tile by the bytes of a number, and bytes of a tile at most: a product in float32 has no matrix instruction
 # and holds both its operands in registers.
@@ -44,28 +45,29 @@ def attend(plan: Plan, arrays, lists, weights=None, valid=None, mask=None):
     return block_sparse_plan.attend(plan, _forward, _backward, arrays, lists, weights, *bits)
 
 
-def _power(size: int) -> int:
-    return pl.next_power_of_2(size)
-
-
 def _tile(tokens: int, width: int, dtype) -> int:
-    """Rows of a tile: a power of two, at least the 16 of a matrix instruction."""
+    """Rows of a tile."""
     itemsize = jnp.dtype(dtype).itemsize
-    most = max(16, min(TILES[itemsize], TILE_BYTES // (_power(width) * itemsize)))
-    return max(16, min(_power(tokens), most))
+    most = max(16, min(TILES[itemsize], TILE_BYTES // (pl.next_power_of_2(width) * itemsize)))
+    return min(side(tokens), most)
 
 
 def _blocks(plan: Plan, dtype) -> dict[str, int]:
     width = max(plan.dim, plan.value_dim)
     default = dict(
         queries=_tile(plan.query.tokens, width, dtype),
-        keys=_tile(plan.k * _power(plan.key.tokens), width, dtype),
+        keys=_tile(plan.k * pl.next_power_of_2(plan.key.tokens), width, dtype),
         own_keys=_tile(plan.key.tokens, width, dtype),
-        listing_queries=_tile(plan.query.count * _power(plan.query.tokens), width, dtype),
+        listing_queries=_tile(plan.query.count * pl.next_power_of_2(plan.query.tokens), width, dtype),
         warps=4 if jnp.dtype(dtype).itemsize == 4 or plan.query.tokens > 32 else 2,
         stages=2,
     )
-    bucket = dict(tokens=tuning.bucket(plan.query.tokens), k=tuning.bucket(plan.k), dim=_power(width), dtype=str(dtype))
+    bucket = dict(
+        tokens=tuning.bucket(plan.query.tokens),
+        k=tuning.bucket(plan.k),
+        dim=pl.next_power_of_2(width),
+        dtype=str(dtype),
+    )
     return tuning.blocks("block_sparse", "gpu", default, **bucket)
 
 
@@ -83,7 +85,7 @@ class _Channels:
 
     def __init__(self, batch, first, width: int):
         self.batch, self.width = batch, width
-        self.channels = _range(max(16, _power(width)))
+        self.channels = _range(side(width))
         self.first = first
 
     def _at(self, ref, rows, inside, outside=(0, 0)):
@@ -103,21 +105,9 @@ class _Channels:
         return triton.load(at, mask=mask, other=0.0)
 
     def store(self, ref, rows, inside, value):
-        # Interpreted, what the mask leaves out is written too, as it was before: not over what is new.
+        # See `put`.
         at, mask = self._at(ref, rows, inside, outside=ref.shape[1:])
         triton.store(at, value.astype(ref.dtype), mask=mask)
-
-
-def _put(ref, *index, value, mask):
-    """Writes single entries, the last index being an array; see `_Channels.store`."""
-    index = (*index[:-1], jnp.where(mask, index[-1], ref.shape[-1]))
-    triton.store(ref.at[index], value, mask=mask)
-
-
-def _gather(ref, *index, mask, other=0):
-    """Single entries, `other` where the mask is False."""
-    index = tuple(jnp.where(mask, i, 0) if getattr(i, "ndim", 0) else i for i in index)
-    return triton.load(ref.at[index], mask=mask, other=other)
 
 
 class _Heads:
@@ -147,25 +137,25 @@ def _listed(plan: Plan, tile: int, step, block, heads, lists, weights, valid):
     Returns:
         Entries of the list, tokens of their blocks, rows, whether they are loaded, whether they are seen, and factors.
     """
-    padded = _power(plan.key.tokens)
+    padded = pl.next_power_of_2(plan.key.tokens)
     place = _range(tile, step * tile)
     entry, token = jax.lax.div(place, jnp.full_like(place, padded)), jax.lax.rem(place, jnp.full_like(place, padded))
     real = (entry < plan.k) & (token < plan.key.tokens)
-    listed = _gather(lists, heads.batch, block * plan.k + entry, mask=real, other=-1)
+    listed = gather(lists, heads.batch, block * plan.k + entry, mask=real, other=-1)
     seen = listed >= 0
     row, inside = plan.key.place(jnp.where(seen, listed, 0), token)
     if valid is not None:
-        seen = seen & (_gather(valid, heads.batch, row, mask=seen) != 0)
+        seen = seen & (gather(valid, heads.batch, row, mask=seen) != 0)
     factor = None
     if weights is not None:
-        factor = _gather(weights, heads.batch, block * plan.k + entry, mask=seen, other=0.0).astype(jnp.float32)
+        factor = gather(weights, heads.batch, block * plan.k + entry, mask=seen, other=0.0).astype(jnp.float32)
     return entry, token, row, seen & inside, seen, factor
 
 
 def _masked(mask, batch, queries, columns, both):
     """Where `mask` lets a query see a listed key; indices and `both` have the same shape."""
     batch = batch if mask.shape[0] > 1 else 0
-    return both & (_gather(mask, batch, queries, columns, mask=both) != 0)
+    return both & (gather(mask, batch, queries, columns, mask=both) != 0)
 
 
 def _forward_body(*refs, plan: Plan, tiles: dict[str, int], present):
@@ -173,7 +163,7 @@ def _forward_body(*refs, plan: Plan, tiles: dict[str, int], present):
     heads = _Heads(plan)
     block, rows, inside = _own(plan.query, tiles["queries"])
     q = heads.query.load(query, rows, inside)
-    steps = -(-plan.k * _power(plan.key.tokens) // tiles["keys"])
+    steps = -(-plan.k * pl.next_power_of_2(plan.key.tokens) // tiles["keys"])
 
     def step(i, carry):
         acc, peak, total = carry
@@ -207,7 +197,7 @@ def _forward_body(*refs, plan: Plan, tiles: dict[str, int], present):
     some = total != 0
     heads.out.store(out, rows, inside, acc / jnp.where(some, total, 1.0)[:, None])
     log = jnp.where(some, peak + jnp.log(jnp.where(some, total, 1.0)), 0.0)
-    _put(summed, heads.batch, heads.head, rows, value=log, mask=inside)
+    put(summed, heads.batch, heads.head, rows, value=log, mask=inside)
 
 
 def _query_body(*refs, plan: Plan, tiles: dict[str, int], present):
@@ -219,11 +209,11 @@ def _query_body(*refs, plan: Plan, tiles: dict[str, int], present):
     block, rows, inside = _own(plan.query, tiles["queries"])
     q = heads.query.load(query, rows, inside)
     do, o = heads.out.load(cotangent, rows, inside), heads.out.load(out, rows, inside)
-    log = _gather(summed, heads.batch, heads.head, rows, mask=inside, other=0.0)
+    log = gather(summed, heads.batch, heads.head, rows, mask=inside, other=0.0)
     mean = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=1)
-    _put(means, heads.batch, heads.head, rows, value=mean, mask=inside)
+    put(means, heads.batch, heads.head, rows, value=mean, mask=inside)
     tile = jax.lax.rem(pl.program_id(0), -(-plan.query.tokens // tiles["queries"]))
-    steps = -(-plan.k * _power(plan.key.tokens) // tiles["keys"])
+    steps = -(-plan.k * pl.next_power_of_2(plan.key.tokens) // tiles["keys"])
 
     def step(i, acc):
         entry, token, row, loaded, seen, factor = _listed(plan, tiles["keys"], i, block, heads, lists, weights, valid)
@@ -241,7 +231,7 @@ def _query_body(*refs, plan: Plan, tiles: dict[str, int], present):
             by_key = jnp.sum(ds * products + jnp.where(both, p * plain, 0.0), axis=0)
             place = _range(tiles["keys"], i * tiles["keys"])
             wanted = place < rest[5].shape[-1]
-            _put(rest[5], heads.batch, heads.head, tile, block, place, value=by_key, mask=wanted)
+            put(rest[5], heads.batch, heads.head, tile, block, place, value=by_key, mask=wanted)
             ds = ds * factor[None, :]
         return acc + _dot(ds.astype(k.dtype), k)
 
@@ -262,25 +252,25 @@ def _key_body(*refs, plan: Plan, tiles: dict[str, int], present):
     number = _range(tiles["own_keys"], jax.lax.rem(pl.program_id(0), own_tiles) * tiles["own_keys"])
     seen = number < plan.key.tokens
     if valid is not None:
-        seen = seen & (_gather(valid, heads.batch, rows, mask=inside) != 0)
+        seen = seen & (gather(valid, heads.batch, rows, mask=inside) != 0)
     k, v = heads.key.load(key, rows, inside), heads.value.load(value, rows, inside)
     start, end = starts[heads.batch, block], starts[heads.batch, block + 1]
-    padded, tile = _power(plan.query.tokens), tiles["listing_queries"]
+    padded, tile = pl.next_power_of_2(plan.query.tokens), tiles["listing_queries"]
 
     def step(i, carry):
         key_acc, value_acc = carry
         row = _range(tile, i * tile)
         at, token = start + jax.lax.div(row, jnp.full_like(row, padded)), jax.lax.rem(row, jnp.full_like(row, padded))
         real = (at < end) & (token < plan.query.tokens)
-        place = _gather(places, heads.batch, at, mask=real)
+        place = gather(places, heads.batch, at, mask=real)
         asking = jax.lax.div(place, jnp.full_like(place, plan.k))
         query_row, on_map = plan.query.place(asking, token)
         on_map = on_map & real
         q, do = heads.query.load(query, query_row, on_map), heads.out.load(cotangent, query_row, on_map)
-        log, mean = (_gather(x, heads.batch, heads.head, query_row, mask=on_map, other=0.0) for x in (summed, means))
+        log, mean = (gather(x, heads.batch, heads.head, query_row, mask=on_map, other=0.0) for x in (summed, means))
         logits = _dot(k, q, trans_b=True) * plan.scale
         if weights is not None:
-            factor = _gather(weights, heads.batch, place, mask=on_map, other=0.0).astype(jnp.float32)[None, :]
+            factor = gather(weights, heads.batch, place, mask=on_map, other=0.0).astype(jnp.float32)[None, :]
             logits = logits * factor
         both = seen[:, None] & on_map[None, :]
         if mask is not None:
@@ -362,7 +352,7 @@ def _backward(plan: Plan, arrays, lists, weights, valid, mask, kept, cotangent):
     batch, tokens = operands[0].shape[:2]
     tiles = _blocks(plan, operands[0].dtype)
     extras = _flat(lists, weights, valid, mask)
-    padded = _power(plan.key.tokens)
+    padded = pl.next_power_of_2(plan.key.tokens)
     parts = -(-plan.query.tokens // tiles["queries"])
     outputs = [(operands[0].shape, operands[0].dtype), (summed.shape, summed.dtype)]
     if weights is not None:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from kernels.pallas_gpu import scan, scan_channel, scan_delta
-from kernels.pallas_gpu.tiles import CHUNK
+from kernels.pallas_gpu.tiles import CHUNK, side
 from kernels.scan_plan import Backend
 
 LEAST, MOST = 8, 128
@@ -20,7 +20,7 @@ def _widened(x, axes):
     """The array with zeros up to a power of two, 16 at least, along the axes; None for None."""
     if x is None:
         return None
-    filled = {axis % x.ndim: max(16, 1 << (x.shape[axis] - 1).bit_length()) - x.shape[axis] for axis in axes}
+    filled = {axis % x.ndim: side(x.shape[axis]) - x.shape[axis] for axis in axes}
     return jnp.pad(x, [(0, filled.get(axis, 0)) for axis in range(x.ndim)]) if any(filled.values()) else x
 
 

@@ -57,7 +57,9 @@ def walk(left, right, factor, into, kept, start, *, name: str, scale: float = 1.
     batch, tokens, heads, rows = left.shape
     columns, chunks = right.shape[-1], tokens // CHUNK
     row, column = width(rows, left.dtype), width(columns, left.dtype)
-    size = tuning.blocks("scan_states", "gpu", dict(warps=warps(left.dtype), stages=3), rows=rows, columns=columns)
+    size = tuning.blocks(
+        "scan_states", "gpu", dict(warps=warps(left.dtype), stages=3), rows=rows, columns=columns, dtype=str(left.dtype)
+    )
     grid = (columns // column, rows // row, heads, batch)
     vector = pl.BlockSpec((None, None, tokens), lambda e, d, h, b: (b, h, 0))
     tile = pl.BlockSpec((None, None, row, column), lambda e, d, h, b: (b, h, d, e))
@@ -128,9 +130,9 @@ def outputs(query, key, weights, value, states, log_decay, into, *, name: str, s
     values, chunks = value.shape[-1], tokens // CHUNK
     (keys, vector), (wide, _), (square, _) = specs(channels), specs(values), specs(CHUNK)
     decayed = transcendentals("scalar", CHUNK, channels, log_decay is not None)
-    size = tuning.blocks(
-        "scan_outputs", "gpu", dict(warps=warps(query.dtype), stages=1), channels=channels, values=values
-    )
+    size = dict(warps=warps(query.dtype), stages=1)
+    bucket = dict(channels=channels, values=values, dtype=str(query.dtype))
+    size = tuning.blocks("scan_outputs", "gpu", size, **bucket)
     flops = forward_flops("scalar", CHUNK, channels, values) - 2 * CHUNK * channels * values
     (out,) = launch(
         functools.partial(_outputs, scale=scale, transposed=transposed),
@@ -241,7 +243,8 @@ def gradients(operands, states, d_states, d_out, *, name: str, scale: float):
     flops = backward_flops(kind, CHUNK, channels, values) - 2 * CHUNK * channels * values
     # The widest whose sums fit the registers.
     size = dict(narrow=32, wide=64, warps=warps(query.dtype), stages=1 if delta or query.dtype == jnp.float32 else 2)
-    size = tuning.blocks("scan_gradients", "gpu", size, kind=kind, channels=channels, values=values)
+    bucket = dict(kind=kind, channels=channels, values=values, dtype=str(query.dtype))
+    size = tuning.blocks("scan_gradients", "gpu", size, **bucket)
     body = functools.partial(_gradients, scale=scale, narrow=size.pop("narrow"), wide=size.pop("wide"))
     made = launch(
         body,

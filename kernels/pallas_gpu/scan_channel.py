@@ -48,7 +48,8 @@ def _prepare(query, key, log_decay, *, scale: float):
     batch, tokens, heads, channels = query.shape
     chunks = tokens // CHUNK
     (keys, _), (square, _) = scan.specs(channels), scan.specs(CHUNK)
-    size = tuning.blocks("scan_weights", "gpu", dict(narrow=16, warps=warps(query.dtype), stages=1), channels=channels)
+    size = dict(narrow=16, warps=warps(query.dtype), stages=1)
+    size = tuning.blocks("scan_weights", "gpu", size, channels=channels, dtype=str(query.dtype))
     return launch(
         functools.partial(_prepare_body, scale=scale, narrow=size.pop("narrow")),
         "scan_channel_weights",
@@ -110,7 +111,8 @@ def backward(query, key, value, log_decay, states, d_out, d_final, *, scale: flo
     batch, tokens, heads, channels = query.shape
     values, chunks = value.shape[-1], tokens // CHUNK
     default = dict(narrow=16, wide=32, warps=warps(query.dtype), stages=2)
-    size = tuning.blocks("scan_gradients", "gpu", default, kind="channel", channels=channels, values=values)
+    bucket = dict(kind="channel", channels=channels, values=values, dtype=str(query.dtype))
+    size = tuning.blocks("scan_gradients", "gpu", default, **bucket)
     depth, span = width(channels, query.dtype, size.pop("narrow")), width(values, query.dtype, size.pop("wide"))
     keys = pl.BlockSpec((None, CHUNK, None, depth), lambda d, c, h, b: (b, c, h, d))
     wide = pl.BlockSpec((None, CHUNK, None, values), lambda d, c, h, b: (b, c, h, 0))

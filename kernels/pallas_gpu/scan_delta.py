@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels import tuning
 from kernels.pallas_gpu import scan
 from kernels.pallas_gpu.tiles import (
     CHUNK,
@@ -37,6 +38,9 @@ def _inverse(key, beta, log_decay):
     batch, tokens, heads, channels = key.shape
     chunks = tokens // CHUNK
     (keys, vector), (square, _) = scan.specs(channels), scan.specs(CHUNK)
+    size = tuning.blocks(
+        "scan_delta_inverse", "gpu", dict(warps=warps(key.dtype), stages=1), channels=channels, dtype=str(key.dtype)
+    )
     (inverse,) = launch(
         _inverse_body,
         "scan_delta_inverse",
@@ -45,7 +49,7 @@ def _inverse(key, beta, log_decay):
         dict(inverse=((batch, tokens, heads, CHUNK), key.dtype, square)),
         flops=batch * heads * chunks * CHUNK * CHUNK * (channels + CHUNK // 3),
         transcendentals=batch * heads * chunks * transcendentals("scalar", CHUNK, channels, log_decay is not None),
-        warps=warps(key.dtype),
+        **size,
     )
     return inverse
 
@@ -83,6 +87,8 @@ def _walk(operands, wide, vectors, start, *, results, name, body, stages, scale=
         vectors: by name what is `(B, H, N)`, or None.
         start: the first state, `(B, H, D, E)` float32, or None.
         results: the name of the result that is `(B, N, H, E)`.
+        name: of the kernel, and of its block sizes.
+        stages: of its loop, where none were measured.
 
     Returns:
         That, the states that each chunk starts from, and the last state.
@@ -90,7 +96,9 @@ def _walk(operands, wide, vectors, start, *, results, name, body, stages, scale=
     key, value = operands["key"], next(iter(wide.values()))
     batch, tokens, heads, channels = key.shape
     values, chunks, dtype = value.shape[-1], tokens // CHUNK, key.dtype
-    column = min(values, 32 if dtype == jnp.bfloat16 else 16)
+    default = dict(columns=32 if dtype == jnp.bfloat16 else 16, warps=warps(dtype), stages=stages)
+    size = tuning.blocks(name, "gpu", default, channels=channels, values=values, dtype=str(dtype))
+    column = min(values, size.pop("columns"))
 
     def whole(size):
         return pl.BlockSpec((None, tokens, None, size), lambda e, h, b: (b, 0, h, 0))
@@ -116,8 +124,7 @@ def _walk(operands, wide, vectors, start, *, results, name, body, stages, scale=
             "last": ((batch, heads, channels, values), jnp.float32, tile),
         },
         flops=batch * heads * chunks * pairs,
-        warps=warps(dtype),
-        stages=stages,
+        **size,
     )
 
 
@@ -202,6 +209,10 @@ def _written_again(operands, states, d_out, *, scale: float):
     given = {key: (array, kinds.get(key, vector)) for key, array in operands.items()}
     given |= dict(states=(states, scan.per_chunk(channels, values)), d_out=(d_out, wide))
     flops = 2 * CHUNK * channels * values + CHUNK * CHUNK * (channels + 2 * values)
+    decayed = transcendentals("scalar", CHUNK, channels, operands["log_decay"] is not None)
+    size = dict(warps=warps(query.dtype), stages=1)
+    bucket = dict(channels=channels, values=values, dtype=str(query.dtype))
+    size = tuning.blocks("scan_delta_written", "gpu", size, **bucket)
     return launch(
         functools.partial(_written_again_body, scale=scale),
         "scan_delta_written",
@@ -209,11 +220,8 @@ def _written_again(operands, states, d_out, *, scale: float):
         given,
         dict(written=(value.shape, value.dtype, wide), d_written=(value.shape, jnp.float32, wide)),
         flops=batch * heads * chunks * flops,
-        transcendentals=batch
-        * heads
-        * chunks
-        * transcendentals("scalar", CHUNK, channels, operands["log_decay"] is not None),
-        warps=warps(query.dtype),
+        transcendentals=batch * heads * chunks * decayed,
+        **size,
     )
 
 

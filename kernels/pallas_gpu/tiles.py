@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 
 from kernels import compat
 from kernels.scan_plan import estimate
@@ -31,6 +32,7 @@ def launch(
     transcendentals: int = 0,
     warps: int = 4,
     stages: int = 1,
+    zeroed: tuple[str, ...] = (),
 ) -> tuple[jax.Array, ...]:
     """Runs `body(refs)`, whose refs are attributes by name; an operand that is None is None there too.
 
@@ -38,27 +40,52 @@ def launch(
         operands: by name the array, or None, and its blocks.
         results: by name shape, dtype and blocks.
         flops, transcendentals: of the whole grid.
+        zeroed: results that are zero where nothing is written.
     """
     present = {key: value for key, value in operands.items() if value[0] is not None}
     arrays = [array for array, _ in present.values()]
     shapes = [compat.shape_like(shape, dtype, *arrays) for shape, dtype, _ in results.values()]
 
+    order = list(results)
+    blank = [jnp.zeros(*results[key][:2]) for key in zeroed]
+
     def positional(*refs):
         names = types.SimpleNamespace(**dict.fromkeys(operands))
-        vars(names).update(zip([*present, *results], refs))
+        vars(names).update(zip([*present, *zeroed, *results], refs))
         body(names)
 
     made = compat.pallas_call(
         positional,
         name=name,
         grid=grid,
-        in_specs=[spec for _, spec in present.values()],
+        in_specs=[spec for _, spec in present.values()] + [results[key][2] for key in zeroed],
         out_specs=[spec for _, _, spec in results.values()],
         out_shape=shapes,
+        input_output_aliases={len(arrays) + i: order.index(key) for i, key in enumerate(zeroed)},
         cost_estimate=estimate(flops, transcendentals, arrays, shapes),
         compiler_params=compat.triton_params(warps, stages),
-    )(*arrays)
+    )(*arrays, *compat.match_varying(*arrays, *blank)[len(arrays) :])
     return tuple(made)
+
+
+def gather(ref, *index, mask, other=0):
+    """Single entries, `other` where the mask is False."""
+    index = tuple(jnp.where(mask, i, 0) if getattr(i, "ndim", 0) else i for i in index)
+    return triton.load(ref.at[index], mask=mask, other=other)
+
+
+def put(ref, *index, value, mask):
+    """Writes single entries, the last index being an array.
+
+    Interpreted, what the mask leaves out is written too, as it was before: not over what is new.
+    """
+    index = (*index[:-1], jnp.where(mask, index[-1], ref.shape[-1]))
+    triton.store(ref.at[index], value, mask=mask)
+
+
+def side(size: int) -> int:
+    """The side of a tile that holds so many: a power of two, at least the 16 of a matrix instruction."""
+    return max(16, pl.next_power_of_2(size))
 
 
 def width(size: int, dtype: Any, most: int = 64) -> int:

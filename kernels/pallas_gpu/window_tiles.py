@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from kernels import compat, tuning
-from kernels.pallas_gpu.tiles import dot
+from kernels.pallas_gpu.tiles import dot, side
 from kernels.window_plan import Geometry
 
 # In place of minus infinity, so that a block of keys that are all excluded has weights, which later ones take away.
@@ -19,10 +19,6 @@ EXCLUDED = -1e30
 PROGRAMS = 1024
 # Logits are in units of it: exponentials of base 2 take one instruction.
 LOG2_E = math.log2(math.e)
-
-
-def _power_of_two(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +76,7 @@ class Layout:
 
 def layout(g: Geometry, dtype, bias: bool, *, backward: bool) -> Layout:
     """The blocks of a call, the measured ones if there are any."""
-    wide, tokens = _power_of_two(g.dim), _power_of_two(g.tokens)
+    wide, tokens = side(g.dim), side(g.tokens)
     # Products in float32 hold whole operands in registers.
     largest = 64 if dtype == jnp.bfloat16 else 16 if backward and wide > 16 else 32
     block = min(tokens, largest)

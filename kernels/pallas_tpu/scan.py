@@ -8,6 +8,7 @@ copies all of it before the call and after. Heads of few channels waste no lanes
 """
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -36,9 +37,11 @@ def unsupported(kind, heads, channels, values, dtype) -> str | None:
     return None
 
 
-def _group(heads: int, channels: int, values: int) -> int:
+def _group(kind, heads, channels, values, dtype) -> int:
     """Heads of a program: what waits for one head's products is filled with another's."""
-    return max(g for g in (1, 2, 4) if heads % g == 0 and (g == 1 or g * max(channels, values) <= 512))
+    default = dict(heads=max(g for g in (1, 2, 4) if g == 1 or g * max(channels, values) <= 512))
+    bucket = dict(kind=kind, channels=tuning.bucket(channels), values=tuning.bucket(values), dtype=str(dtype))
+    return math.gcd(heads, tuning.blocks("scan_heads", "tpu", default, **bucket)["heads"])
 
 
 BODIES = {
@@ -104,7 +107,7 @@ def _shapes(kind, query, value, log_decay, **static) -> _Shapes:
         heads=heads,
         channels=channels,
         values=values,
-        group=_group(heads, channels, values),
+        group=_group(kind, heads, channels, values, query.dtype),
         dtype=query.dtype.name,
         **static,
     )
