@@ -127,6 +127,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 def _bench(config: ml_collections.ConfigDict, task: str, mixer: str) -> None:
     """The settings of a benchmark; Zoology's blocks, appendix E, mix tokens and nothing else."""
     config.data.examples = 100_000
+    # Divides over many devices.
+    config.data.eval_batch_size = 256
     config.eval_every = 0
     config.log_every = 100
     if task.endswith("_small"):
