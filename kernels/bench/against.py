@@ -8,8 +8,6 @@ from kernels.bench.rows import Row
 
 # A difference below this part of the time is none, however little the samples vary.
 LEAST = 0.05
-# Between the intervals of two runs that differ there is at least this part of what both spread.
-MARGIN = 0.5
 # How often a row that seems slower is measured again, and has to seem slower every time.
 RECHECKS = 2
 # A machine whose own rates are below this part of what they were is slower itself.
@@ -51,8 +49,8 @@ class Change:
 def compare(new: Sequence[Row], old: Sequence[Row]) -> list[Change]:
     """The rows that both runs have, in the order of the new one.
 
-    A row is slower if its middle percentiles, 20th to 80th, lie above the old ones by `MARGIN` of what both runs
-    spread, and its median is further from the old one than both spread together, and by more than `LEAST`.
+    A row is slower if its median is above the old one by more than `LEAST`, and its 20th to 80th percentiles lie
+    above the old ones by more than both spread towards each other.
     """
     before = {row.key: row for row in old}
     return [Change(row, before[row.key], _verdict(row, before[row.key])) for row in new if row.key in before]
@@ -105,10 +103,18 @@ def _verdict(row: Row, old: Row) -> str:
     if row.median_ms is None:
         # That a device is missing today says nothing about the kernel.
         return "same" if row.status == "not measured" else "lost"
-    noise = (row.p80_ms - row.p20_ms) + (old.p80_ms - old.p20_ms)
     difference = row.median_ms - old.median_ms
-    if abs(difference) <= max(noise, LEAST * old.median_ms):
+    if abs(difference) <= LEAST * old.median_ms:
         return "same"
     if difference > 0:
-        return "slower" if row.p20_ms - old.p80_ms > MARGIN * noise else "same"
-    return "faster" if old.p20_ms - row.p80_ms > MARGIN * noise else "same"
+        return "slower" if _is_apart(old, row) else "same"
+    return "faster" if _is_apart(row, old) else "same"
+
+
+def _is_apart(low: Row, high: Row) -> bool:
+    """Whether the middle percentiles of `high` lie above those of `low` by more than both spread towards each other.
+
+    However much they spread, what takes twice the time of almost all samples of the other takes longer.
+    """
+    spread = (high.median_ms - high.p20_ms) + (low.p80_ms - low.median_ms)
+    return high.p20_ms - low.p80_ms > min(spread, low.p80_ms)

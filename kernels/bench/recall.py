@@ -34,7 +34,7 @@ def join(rows: Sequence[Row], scores: Sequence[Row]) -> None:
 def score(row: Row, name: str) -> str:
     """The mean in percent, and between which values the seeds are; nothing where there is none."""
     mean, low, high = (getattr(row, f"{name}{end}") for end in ("", "_low", "_high"))
-    return "" if mean is None else f"{100 * mean:.1f} ({100 * low:.0f}..{100 * high:.0f})"
+    return "" if mean is None else f"{100 * mean:.1f} ({100 * low:.3g}..{100 * high:.3g})"
 
 
 def figures(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -55,8 +55,8 @@ SCORED_COLUMNS = (
 RECALL_COLUMNS = (
     ("", 20, False, lambda row: row.label),
     COLUMNS[2],
-    ("MQAR, %", 16, True, lambda row: recall.score(row, "mqar")),
-    ("passkey, %", 16, True, lambda row: recall.score(row, "passkey")),
+    ("MQAR, %", 17, True, lambda row: recall.score(row, "mqar")),
+    ("passkey, %", 17, True, lambda row: recall.score(row, "passkey")),
     ("state", 9, True, lambda row: _state(row)),
     *COLUMNS[3:5],
     ("per s", 7, True, recall.rate),
