@@ -221,7 +221,8 @@ class FacialAsymmetry(nn.Module):
         left, right = (x.reshape(*x.shape[:3], c) for x in found)
         if self.layout != "projections":
             if self.shared:
-                left, right = jnp.split(linear("proj", jnp.concatenate([left, right])), 2)
+                # Beside one another: along the batch, examples would move between devices.
+                left, right = jnp.split(linear("proj", jnp.concatenate([left, right], axis=2)), 2, axis=2)
             else:
                 left, right = linear("proj_left", left), linear("proj_right", right)
         if watched(self):

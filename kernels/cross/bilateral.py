@@ -45,9 +45,12 @@ def bilateral_attention(
         raise ValueError(f"a map of {h}x{w} tokens has no halves; its width must be even, such as {w - 1} or {w + 1}")
 
     def halves(x, first: int):
-        """Both halves as images of one batch, the left one first or second."""
+        """Both halves as images of one batch, the left one before or after the right one of the same image.
+
+        One batch behind the other would send images from device to device where the batch is divided.
+        """
         parts = x[:, :, : w // 2], x[:, :, : w // 2 - 1 : -1]
-        return jnp.concatenate([parts[first], parts[1 - first]]).reshape(2 * b, -1, heads, d)
+        return jnp.stack([parts[first], parts[1 - first]], axis=1).reshape(2 * b, -1, heads, d)
 
     found = attention(
         halves(query, 0),
@@ -58,10 +61,11 @@ def bilateral_attention(
         return_weights=return_weights,
     )
     out, weights = found if return_weights else (found, None)
-    out = out.reshape(2 * b, h, w // 2, heads, d)
+    out = out.reshape(b, 2, h, w // 2, heads, d)
     if return_weights:
-        return (out[:b], out[b:]), (weights[:b], weights[b:])
-    return out[:b], out[b:]
+        weights = weights.reshape(b, 2, *weights.shape[1:])
+        return (out[:, 0], out[:, 1]), (weights[:, 0], weights[:, 1])
+    return out[:, 0], out[:, 1]
 
 
 def asymmetry_signature(left: Float[Array, "B h w C"], right: Float[Array, "B h w C"]) -> Float[Array, "B C"]:
