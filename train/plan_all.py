@@ -325,8 +325,11 @@ def _cells(row: Row, found: dict[str, Any]) -> Iterator[str]:
     yield "yes" if found["fits"] else "**no**"
     yield "" if found["flops"] is None else f"{found['flops'] / found['devices'] / 1e12:.2f} T"
     yield plan_table.size(found["bytes"])
-    each = (found["collectives"] or {}).values()
-    yield f"{sum(one['count'] for one in each):,} of {plan_table.size(sum(one['bytes'] for one in each))}"
+    if found["collectives"] is None:
+        yield "not known"
+    else:
+        each = found["collectives"].values()
+        yield f"{sum(one['count'] for one in each):,} of {plan_table.size(sum(one['bytes'] for one in each))}"
     yield found["bound"] or ""
     yield plan_table.time(found["seconds"])
 
