@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import zoo
 from kernels import bilevel_attention, block_sparse_attention, compat
 from kernels.cost import cost
 from kernels.dispatch import record_choices
+from tests.triton_kernels import hopper
 
 KERNELS = ("pallas_tpu", "pallas_triton")
 # Queries, keys, heads, width of keys and of values, query blocks, listed blocks, tokens of a key block. On a TPU the
@@ -320,11 +321,6 @@ def test_bilevel_attention_by_kernels(name, implementation):
     assert_close(found, expected, 4e-6)
 
 
-def on_a_gpu():
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
-
-
 @pytest.mark.slow
 def test_a_model_lowered_for_a_platform_holds_its_kernels():
     model = zoo.create_model("biformer_nano")
@@ -336,7 +332,7 @@ def test_a_model_lowered_for_a_platform_holds_its_kernels():
 
     program = jax.jit(jax.value_and_grad(loss))
     for platform, target in (("tpu", "tpu_custom_call"), ("cuda", "block_sparse_key_gradient"), ("cpu", None)):
-        with compat.lowering_triton(), on_a_gpu():
+        with compat.lowering_triton(), hopper():
             text = program.trace(variables["params"]).lower(lowering_platforms=(platform,)).as_text()
         assert target is None or target in text, platform
         assert target is not None or "custom_call @tpu" not in text and "triton" not in text

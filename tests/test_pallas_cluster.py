@@ -15,7 +15,8 @@ from kernels.cluster import routing_attention
 from kernels.cluster_plan import Plan
 from kernels.cost import cost
 from kernels.dispatch import record_choices
-from tests.test_pallas_block_sparse import assert_close, differentiated, gradient_program, on_a_gpu
+from tests.test_pallas_block_sparse import assert_close, differentiated, gradient_program
+from tests.triton_kernels import hopper
 
 KERNELS = ("pallas_tpu", "pallas_triton")
 UNSHARED = dict(shared=False, key=True)
@@ -205,7 +206,7 @@ def test_a_model_lowered_for_a_platform_holds_its_kernels(membership):
 
     program = jax.jit(jax.value_and_grad(loss))
     for platform, target in (("tpu", "tpu_custom_call"), ("cuda", "cluster_key_gradient"), ("cpu", None)):
-        with compat.lowering_triton(), on_a_gpu():
+        with compat.lowering_triton(), hopper():
             text = program.trace(variables["params"]).lower(lowering_platforms=(platform,)).as_text()
         assert target is None or target in text, platform
         assert target is not None or "custom_call @tpu" not in text and "triton" not in text

@@ -6,7 +6,6 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from kernels import compat
 from kernels.cost import cost
@@ -17,6 +16,7 @@ from kernels.scan_plan import forward_flops
 from tests.recurrences import OPS
 from tests.test_linear_recurrences import assert_close
 from tests.test_pallas_scan import DISTINCT, KINDS, in_float64, jitted, operands
+from tests.triton_kernels import hopper
 
 FORWARD = {
     "decay per token": ["scan_states", "scan_outputs"],
@@ -37,8 +37,7 @@ BACKWARD = {
 
 def lowered(function, *arrays):
     """Names of the kernels in a program lowered for an H100; jax has one that runs twice once or twice."""
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)), compat.lowering_triton():
+    with hopper(), compat.lowering_triton():
         text = jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     return re.findall(r'name = "(scan_\w+)"', text)
 

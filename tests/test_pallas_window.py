@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AxisType
 
 import zoo
 from kernels import compat, window_attention
 from kernels.cost import cost
 from kernels.dispatch import record_choices
 from kernels.pallas_tpu import window_tiles
+from tests.triton_kernels import hopper
 from tests.variables import filled
 
 KERNELS = ("pallas_tpu", "pallas_triton")
@@ -261,12 +262,11 @@ def test_models_lowered_for_a_platform_contain_its_kernels(name, rows_in_loops):
     model = zoo.create_model(name)
     images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
     def loss(variables, images):
         return model.apply(variables, images).sum()
 
-    with compat.lowering_triton(), jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    with compat.lowering_triton(), hopper():
         traced = jax.jit(jax.value_and_grad(loss)).trace(variables, images)
         texts = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cuda")}
     for platform, word in (("tpu", "kernel_name"), ("cuda", r"\bname")):

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from kernels import compat
 from kernels.dispatch import Implementation, dispatch, only_for, record_choices
+from tests.triton_kernels import hopper
 
 
 def scaled(x, y, *, factor, params=None):
@@ -125,8 +126,7 @@ def test_gpus_before_ampere_are_left_to_xla(monkeypatch, capability, served):
 
 def test_each_platform_gets_its_kernel():
     lowered = {}
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    with compat.lowering_triton(), jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    with compat.lowering_triton(), hopper():
         for platform in ("tpu", "cuda", "rocm", "cpu"):
             lowered[platform] = jax.jit(op).trace(X, Y).lower(lowering_platforms=(platform,)).as_text()
     assert "tpu_custom_call" in lowered["tpu"] and "xla.gpu.triton" in lowered["cuda"]
@@ -180,10 +180,9 @@ def test_a_kernel_is_traced_once_for_a_shape():
 
 def test_the_one_warning_that_is_not_an_error():
     """What `lowering_triton` silences is said by every jax after 0.10; once none says it, it is to be removed."""
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        with hopper():
             jax.jit(lambda x: op(x, Y, "pallas_triton")).trace(X).lower(lowering_platforms=("cuda",))
     texts = [str(warning.message) for warning in said]
     assert all(text.startswith(compat.TRITON_DEPRECATION.replace("\\.", ".")) for text in texts)
