@@ -59,14 +59,15 @@ class _Axis:
         return self.start + share * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
-        """Powers of the base within the axis, at most seven; if they are few, their doubles and fives as well."""
+        """Powers of the base within the axis, at most seven; if they are few, some of their multiples as well."""
         first = math.ceil(self.low / math.log(self.base) - 1e-9)
         last = math.floor(self.high / math.log(self.base) + 1e-9)
         step = max(1, -(-(last - first + 1) // 7))
         powers = [float(self.base) ** n for n in range(first, last + 1, step)]
-        if self.base == 10 and len(powers) < 3:
-            finer = [m * 10.0**n for n in range(first - 1, last + 1) for m in (1, 2, 5)]
-            return [value for value in finer if self.low <= math.log(value) <= self.high]
+        for multiples in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+            if self.base == 10 and len(powers) < 3:
+                finer = [m * 10.0**n for n in range(first - 1, last + 1) for m in multiples]
+                powers = [value for value in finer if self.low <= math.log(value) <= self.high]
         return powers
 
 
