@@ -28,8 +28,9 @@ LONG_MESHES = [dict(sequence=2), dict(tensor=2, sequence=2), dict(fsdp=2, tensor
 CASES = [(name, MIXED) for name in MODELS] + [(name, LONG) for name in LANGUAGE_MODELS]
 CASES += [("vit_nano", mesh) for mesh in MESHES]
 CASES += [("gated_deltanet_h_nano", mesh) for mesh in LONG_MESHES]
-QUICK = [("vit_nano", MIXED), ("gated_deltanet_h_nano", LONG)]
-SLOW = [("biformer_nano", MIXED), ("care_nano", MIXED), ("gla_nano", LONG), ("vit_nano", dict(fsdp=2, tensor=4))]
+QUICK = [("vit_nano", MIXED)]
+SLOW = [("biformer_nano", MIXED), ("care_nano", MIXED), ("vit_nano", dict(fsdp=2, tensor=4))]
+SLOW += [("gla_nano", LONG), ("gated_deltanet_h_nano", LONG)]
 STEPS = 20
 
 
