@@ -1,7 +1,7 @@
 """Does to small training runs what happens to long ones, and prints what was lost: a table of R1 to R11.
 
-    python -m train.faults                             # about ten minutes on two cores
-    python -m train.faults --only R1 --kills 200       # half an hour and more
+    python -m train.faults                             # about twenty minutes on two cores
+    python -m train.faults --only R1 --kills 200       # an hour
     python -m train.faults --json > faults.json
 
 Real processes train a tiny DaViT on the digits, on a CPU with eight pretended devices. They are killed at random
