@@ -28,6 +28,7 @@ from etils import epath
 
 from train import config as config_lib
 from train import plan, plan_table
+from train.metrics import replace_file
 
 TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:4x4x4")
 MESHES = {"fsdp": "mesh.data=1,mesh.fsdp=-1", "fsdp+tensor": "mesh.data=1,mesh.fsdp=-1,mesh.tensor=4"}
@@ -201,7 +202,7 @@ def campaign(
         with lock:
             kept[_key(row)] = found
             if file is not None:
-                file.write_text(json.dumps(list(kept.values()), indent=1) + "\n")
+                replace_file(file, (json.dumps(list(kept.values()), indent=1) + "\n").encode())
         say(f"{_name(row)}: {_verdict(found)} ({found['seconds']:.0f} s)")
 
     missing = [row for row in wanted if _key(row) not in kept]
