@@ -19,11 +19,11 @@ import kernels
 from kernels import cross
 from kernels.bench import errors, measure, suites
 from kernels.bench.__main__ import main
-from kernels.bench.case import Case, Operand, nbytes
+from kernels.bench.case import Case, Operand
 from kernels.bench.limits import DATA_SHEET, Limits
 from kernels.bench.rows import KEY, STATUSES, Row, read_json
 from kernels.bench.table import WIDTH, table
-from kernels.cost import cost
+from kernels.cost import cost, tree_bytes
 from kernels.dispatch import Implementation, dispatch
 
 LIMITS = Limits({"float32": 1e11, "bfloat16": 1e11}, 1e10, DATA_SHEET)
@@ -372,4 +372,4 @@ def test_a_kernel_that_was_slowed_is_told_from_one_that_was_not():
     changes = {change.row.implementation: change for change in compare(after, before)}
     assert changes["pallas_triton"].verdict == "slower" and changes["pallas_triton"].is_regression
     assert "times" in str(changes["pallas_triton"])
-    assert nbytes(toy_case().inputs("float32")) == 4 * (4 * 8 + 8)
+    assert tree_bytes(toy_case().inputs("float32")) == 4 * (4 * 8 + 8)

@@ -16,7 +16,9 @@ import jax
 import ml_collections
 
 from kernels.bench import rows
+from kernels.bench.estimate import REASON
 from kernels.bench.limits import DATA_SHEET, Limits, limits
+from kernels.bench.measure import Effort
 from kernels.bench.meta import meta
 from kernels.bench.suites import chosen_shapes
 from kernels.choices import check_choice
@@ -43,11 +45,10 @@ MODELS = {
         ),
     ),
 }
-EFFORTS = {"small": model_steps.Effort(7, 0.03, 1.5), "full": model_steps.Effort(15, 0.1, 10.0)}
+EFFORTS = {"small": Effort(7, 0.03, 1.5), "full": Effort(15, 0.1, 10.0)}
 # Pixels of a batch of images, tokens of one of rows, at most 64 of either; on a CPU and elsewhere.
 BATCHES = {"cpu": (4 * 224 * 224, 4 * 256), "accelerator": (128 * 224 * 224, 4 * 4096)}
 MOST = {"cpu": 64, "accelerator": 512}
-REASON = "compiled for devices that are not here; nothing has run"
 
 
 def batch_size(name: str, here: str) -> int:

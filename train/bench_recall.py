@@ -20,14 +20,15 @@ import ml_collections
 from etils import epath
 
 from kernels.bench import rows
-from kernels.bench.case import nbytes
 from kernels.bench.limits import Limits, limits
+from kernels.bench.measure import Effort
 from kernels.bench.meta import meta
 from kernels.bench.suites import chosen_shapes, name
 from kernels.choices import check_choice
+from kernels.cost import tree_bytes
 from train import config as config_lib
 from train import host, inputs, loop, model_steps, program
-from train.bench_models import parser, told
+from train.bench_models import EFFORTS, parser, told
 from train.compare import state_after, trained
 from zoo.pretrained import abstract_variables
 
@@ -54,7 +55,6 @@ MIXERS = {
 }
 LEARNING_RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)
 WIDTHS = (64, 128, 256, 512)
-EFFORTS = {"small": model_steps.Effort(7, 0.03, 1.5), "full": model_steps.Effort(15, 0.1, 10.0)}
 # States that differ by less count as equal: a position more or less is none.
 NEARLY = 0.05
 
@@ -156,7 +156,7 @@ class Runs:
         return found
 
 
-def _rows(runs: Runs, bounds: Limits, effort: model_steps.Effort, tell: Callable[[str], None]) -> Iterator[rows.Row]:
+def _rows(runs: Runs, bounds: Limits, effort: Effort, tell: Callable[[str], None]) -> Iterator[rows.Row]:
     """The speed of the model that is trained on key-value pairs, with what it and its likes recall."""
     scores = runs.scores()
     config = runs.config(runs.setting.tasks["mqar"], SEEDS[0])
@@ -183,9 +183,8 @@ def _rows(runs: Runs, bounds: Limits, effort: model_steps.Effort, tell: Callable
 
 def state_bytes(config: ml_collections.FrozenConfigDict, dataset: Any) -> int:
     """What a decoder carries of one row."""
-
     model = program.build_model(config, dataset)
-    return nbytes(state_after(model, abstract_variables(model), dataset.length))
+    return tree_bytes(state_after(model, abstract_variables(model), dataset.length))
 
 
 def _compare_states(found: Sequence[rows.Row]) -> None:

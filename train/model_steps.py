@@ -11,13 +11,12 @@ import ml_collections
 import numpy as np
 
 from kernels import compat
-from kernels.bench.case import nbytes
 from kernels.bench.limits import Limits, free_bytes
-from kernels.bench.measure import attempt, time_together
+from kernels.bench.measure import Effort, attempt, time_together
 from kernels.bench.programs import peak_bytes, precision
 from kernels.bench.rows import Row
 from kernels.bench.timing import Timed
-from kernels.cost import cost
+from kernels.cost import cost, tree_bytes
 from train import config as config_lib
 from train import flops, program, stand_in
 from train.sequences import SequenceSet
@@ -30,15 +29,6 @@ DIRECTIONS = ("inference", "training")
 SETS = 3
 # Classes, or people, of models that have no head of their own.
 CLASSES = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class Effort:
-    """How long to measure: samples of a row, seconds of the shorter half of one, seconds after which three will do."""
-
-    repeats: int
-    target: float
-    budget: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +250,7 @@ class _Built:
             row.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.program.abstract_state.params))
             self._count(direction, function, operands, row, limits)
         free = free_bytes(self.device)
-        if free is not None and row.peak_bytes is not None and row.peak_bytes > free + nbytes(operands):
+        if free is not None and row.peak_bytes is not None and row.peak_bytes > free + tree_bytes(operands):
             row.status = "out of memory"
             row.reason = f"takes {row.peak_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
             return None
@@ -301,7 +291,7 @@ class _Built:
             row.flops = flops.training_flops(self.program, self.abstract) * self.examples
         else:
             row.flops = cost(function, *operands, platform=jax.default_backend()).matmul_flops
-        row.bytes = nbytes(_without_keys(operands)) + nbytes(_without_keys(jax.eval_shape(function, *operands)))
+        row.bytes = tree_bytes(_without_keys(operands)) + tree_bytes(_without_keys(jax.eval_shape(function, *operands)))
         floor, row.bound = limits.floor(row.flops, row.bytes, row.dtype)
         row.floor_ms, row.floor_source = floor * 1e3, limits.source
 

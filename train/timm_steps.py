@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import time
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kernels.bench import peers as bench_peers
 from kernels.bench.rows import Row
 from kernels.bench.timing import Timed
 from train.model_steps import SETS, Peer
@@ -25,11 +25,7 @@ LEARNING_RATE = 1e-6
 
 def versions() -> dict[str, str]:
     """Of timm and torch, or that they are not installed."""
-    found = {}
-    for module in MODULES:
-        present = importlib.util.find_spec(module) is not None
-        found[module] = importlib.metadata.version(module) if present else "not installed, not measured"
-    return found
+    return bench_peers.versions(dict(zip(MODULES, MODULES)))
 
 
 def peers(name: str, batch: int, dtype: str) -> list[Peer]:

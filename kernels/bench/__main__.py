@@ -26,20 +26,10 @@ from kernels.bench import against, children, html, recall, rows, suites
 from kernels.bench.crossover import crossovers
 from kernels.bench.estimate import estimate
 from kernels.bench.limits import limits
-from kernels.bench.measure import Plan, measure
+from kernels.bench.measure import Effort, Plan, measure
 from kernels.bench.meta import meta
 from kernels.bench.table import table
 from kernels.choices import check_choice
-
-
-@dataclasses.dataclass(frozen=True)
-class Effort:
-    """Samples of a row, seconds of the shorter half of a sample, seconds after which three samples will do."""
-
-    repeats: int
-    target: float
-    budget: float
-
 
 EFFORTS = {"quick": Effort(7, 0.01, 1.0), "kernels": Effort(15, 0.03, 8.0), "variants": Effort(9, 0.02, 2.0)}
 SUITES = (*suites.SUITES, *children.MODULES)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.cost import tree_bytes
 from kernels.dispatch import Implementation
 
 # How a term of a matrix product counts.
@@ -157,12 +158,12 @@ class Case:
         moved = [operands, outputs]
         if direction != "forward":
             moved += [outputs, {n: x for n, x in operands.items() if self.operands[n].differentiable}]
-        return nbytes(moved)
+        return tree_bytes(moved)
 
     def state_bytes(self, dtype) -> int | None:
         if self.state is None:
             return None
-        return nbytes(jax.eval_shape(lambda arrays: self.state(**arrays), self.abstract(dtype)))
+        return tree_bytes(jax.eval_shape(lambda arrays: self.state(**arrays), self.abstract(dtype)))
 
 
 # Of ops that XLA computes and nothing else here does.
@@ -181,11 +182,6 @@ def part(op: str, variant: str, shape: str, pattern: str, run: Callable[..., Any
         table=ONLY_XLA,
         **fields,
     )
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def table_of(function: Callable[..., Any]) -> tuple[Implementation, ...]:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.bench.case import Case, nbytes
+from kernels.bench.case import Case
+from kernels.cost import tree_bytes
 
 # The largest difference from float64 that may be, by the largest value: outputs, gradients. A wrong mask, a wrong
 # scale or a lost block of keys is a tenth and more; what rounding does is a tenth of these and less.
@@ -31,7 +32,7 @@ class Reference:
     def __call__(self, arrays: Mapping[str, jax.Array], cotangent: Tree) -> tuple[Tree, dict[str, np.ndarray]]:
         operands = self.case.operands
         batch = next(operands[n].shape[0] for n in arrays if operands[n].batched)
-        pieces = min(batch, max(1, 2 * nbytes(dict(arrays)) // BATCH_BYTES))
+        pieces = min(batch, max(1, 2 * tree_bytes(dict(arrays)) // BATCH_BYTES))
         found = []
         for rows in np.array_split(np.arange(batch), pieces):
             part = slice(rows[0], rows[-1] + 1)

@@ -21,6 +21,15 @@ CACHE = 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
+class Effort:
+    """Samples of a row, seconds of the shorter half of a sample, seconds after which three samples will do."""
+
+    repeats: int
+    target: float
+    budget: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """How to measure.
 

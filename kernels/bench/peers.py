@@ -41,10 +41,10 @@ class Peer:
     serves: Callable[[Case], bool]
 
 
-def versions() -> dict[str, str]:
-    """Every peer's version, or that it is not installed."""
+def versions(modules: Mapping[str, str] = MODULES) -> dict[str, str]:
+    """Every peer's version, or that it is not installed; `modules` are the packages by what is imported."""
     found = {}
-    for module, package in MODULES.items():
+    for module, package in modules.items():
         try:
             present = importlib.util.find_spec(module) is not None
             found[module] = importlib.metadata.version(package) if present else "not installed, not measured"

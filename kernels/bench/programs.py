@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from kernels import compat, tuning
-from kernels.bench.case import Case, nbytes
+from kernels.bench.case import Case
 from kernels.bench.timing import Timed
+from kernels.cost import tree_bytes
 from kernels.residuals import residual_bytes
 
 
@@ -96,6 +97,6 @@ def compiled_case(case: Case, dtype: str, direction: str, implementation: str, n
 
 def set_count(case: Case, dtype: str, cache: int, free: int | None) -> int:
     """How many sets of operands it takes that a cache does not hold, 2 to 8, in at most a quarter of the memory."""
-    each = nbytes(case.abstract(dtype)) + nbytes(case.outputs(dtype))
+    each = tree_bytes(case.abstract(dtype)) + tree_bytes(case.outputs(dtype))
     sets = min(8, max(2, -(-cache // each) + 1))
     return sets if free is None else max(1, min(sets, free // 4 // each))
