@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton
 
 from kernels import block_sparse_plan, compat, tuning
 from kernels.block_sparse_plan import Plan, inverted
-from kernels.pallas_gpu.tiles import dot, gather, put, side
+from kernels.pallas_gpu.tiles import dot, gather, put, side, softmax_step
 
 # Rows of a tile by the bytes of a number, and bytes of a tile at most: a product in float32 has no matrix instruction
 # and holds both its operands in registers.
@@ -172,16 +172,10 @@ def _forward_body(*refs, plan: Plan, tiles: dict[str, int], present):
             column = jnp.broadcast_to((entry * plan.key.tokens + token)[None, :], logits.shape)
             both = both & inside[:, None]
             both = _masked(mask, heads.batch, jnp.broadcast_to(rows[:, None], logits.shape), column, both)
-        logits = jnp.where(both, logits, -jnp.inf)
-        new = jnp.maximum(peak, jnp.max(logits, axis=1))
-        # Nothing seen so far: any finite number will do.
-        safe = jnp.where(new == -jnp.inf, 0.0, new)
-        p = jnp.where(both, jnp.exp(logits - safe[:, None]), 0.0)
-        shrink = jnp.exp(peak - safe)
-        total = total * shrink + jnp.sum(p, axis=1)
+        p, shrink, peak, total = softmax_step(logits, both, peak, total)
         if factor is not None:
             p = p * factor[None, :]
-        return acc * shrink[:, None] + dot(p.astype(v.dtype), v), new, total
+        return acc * shrink[:, None] + dot(p.astype(v.dtype), v), peak, total
 
     carry = (
         jnp.zeros((rows.shape[0], heads.value.channels.shape[0]), jnp.float32),

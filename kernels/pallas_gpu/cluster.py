@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 from kernels import tuning
 from kernels.cluster_plan import Backend, Plan
-from kernels.pallas_gpu.tiles import dot, gather, launch, put, side, zeros
+from kernels.pallas_gpu.tiles import dot, gather, launch, put, side, softmax_step, widened, zeros
 
 INT32 = 2**31
 
@@ -90,7 +90,7 @@ def _weights(refs, plan: Plan, query, key, places, key_places, log, index, trans
         logits = jnp.where(own, plan.self_logit, logits)
     differs = seen if own is None else seen & jnp.logical_not(own)
     if log is None:
-        return jnp.where(seen, logits, -jnp.inf), seen, differs
+        return logits, seen, differs
     return jnp.where(seen, jnp.exp(logits - log), 0.0), seen, differs
 
 
@@ -107,13 +107,9 @@ def _forward_body(refs, *, plan: Plan):
     def step(j, carry):
         acc, peak, total = carry
         logits, seen, _, _ = weights(j, None)
-        new = jnp.maximum(peak, jnp.max(logits, axis=1))
-        # Nothing seen so far: any finite number will do.
-        safe = jnp.where(new == -jnp.inf, 0.0, new)
-        p = jnp.where(seen, jnp.exp(logits - safe[:, None]), 0.0)
-        shrink = jnp.exp(peak - safe)
+        p, shrink, peak, total = softmax_step(logits, seen, peak, total)
         acc = acc * shrink[:, None] + dot(p.astype(refs.value.dtype), _rows(refs.value, j, plan.key_tile))
-        return acc, new, total * shrink + jnp.sum(p, axis=1)
+        return acc, peak, total
 
     tiles = plan.tiles_of_keys(i)
     carry = (
@@ -222,11 +218,6 @@ def _call(body, name: str, plan: Plan, own: str, operands, results, by_dim: int,
     return dict(zip(results, found))
 
 
-def _widened(x):
-    """Channels filled up to a power of two."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, side(x.shape[-1]) - x.shape[-1])))
-
-
 def _of(shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -251,7 +242,7 @@ def _by_distance(rows, table, plan: Plan):
 def _forward(plan: Plan, query, key, value, query_places, key_places, key_table, value_table):
     clusters, tokens, _ = query.shape
     places = dict(query_places=query_places, key_places=key_places)
-    operands = {name: _widened(x) for name, x in dict(query=query, key=key, value=value).items()}
+    operands = {name: widened(x, -1) for name, x in dict(query=query, key=key, value=value).items()}
     operands |= places | dict(terms=_by_distance(query, key_table, plan))
     out = _of((clusters, tokens, operands["value"].shape[2]), value.dtype)
     results = dict(out=out, logs=_of((clusters, 1, tokens)))
@@ -267,14 +258,14 @@ def _forward(plan: Plan, query, key, value, query_places, key_places, key_table,
 
 def _backward(plan: Plan, query, key, value, query_places, key_places, key_table, value_table, out, logs, d_out):
     clusters, tokens, _ = query.shape
-    operands = {name: _widened(x) for name, x in dict(query=query, key=key, value=value, d_out=d_out).items()}
+    operands = {name: widened(x, -1) for name, x in dict(query=query, key=key, value=value, d_out=d_out).items()}
     operands |= dict(query_places=query_places, key_places=key_places, logs=logs)
     operands |= dict(terms=_by_distance(query, key_table, plan), d_shares=_by_distance(d_out, value_table, plan))
     results = dict(d_query=_of(operands["query"].shape, query.dtype), means=_of(logs.shape))
     tables = dict(d_terms=key_table, shares=value_table)
     zeroed = tuple(name for name, table in tables.items() if table is not None)
     results |= {name: _of((clusters, tokens, _distances(plan)), query.dtype) for name in zeroed}
-    of_queries = operands | dict(out=_widened(out))
+    of_queries = operands | dict(out=widened(out, -1))
     found = _call(_query_body, "query_gradient", plan, "query", of_queries, results, 2, 1, zeroed)
     operands["means"] = found["means"]
     results = {f"d_{name}": _of(operands[name].shape, key.dtype) for name in ("key", "value")}

@@ -1,9 +1,7 @@
 """The recurrences of `kernels.scan_plan` on GPUs: which sizes are served, and by which kernels."""
 
-import jax.numpy as jnp
-
 from kernels.pallas_gpu import scan, scan_channel, scan_delta
-from kernels.pallas_gpu.tiles import CHUNK, side
+from kernels.pallas_gpu.tiles import CHUNK, widened
 from kernels.scan_plan import Backend
 
 LEAST, MOST = 8, 128
@@ -16,19 +14,11 @@ def _unsupported(kind, heads, channels, values, dtype):
     return None
 
 
-def _widened(x, axes):
-    """The array with zeros up to a power of two, 16 at least, along the axes; None for None."""
-    if x is None:
-        return None
-    filled = {axis % x.ndim: side(x.shape[axis]) - x.shape[axis] for axis in axes}
-    return jnp.pad(x, [(0, filled.get(axis, 0)) for axis in range(x.ndim)]) if any(filled.values()) else x
-
-
 def _operands(kind, query, key, value, beta, log_decay, initial_state):
     if kind == "channel":
-        log_decay = _widened(log_decay, (-1,))
-    query, key, value = (_widened(x, (-1,)) for x in (query, key, value))
-    return query, key, value, *((beta,) if kind == "delta" else ()), log_decay, _widened(initial_state, (-2, -1))
+        log_decay = widened(log_decay, -1)
+    query, key, value = (widened(x, -1) for x in (query, key, value))
+    return query, key, value, *((beta,) if kind == "delta" else ()), log_decay, widened(initial_state, -2, -1)
 
 
 def _forward(kind, query, key, value, beta, log_decay, initial_state, *, chunk, scale, keep):
@@ -39,7 +29,7 @@ def _forward(kind, query, key, value, beta, log_decay, initial_state, *, chunk, 
 
 def _backward(kind, query, key, value, beta, log_decay, initial_state, states, d_out, d_final, *, chunk, scale):
     *operands, _ = _operands(kind, query, key, value, beta, log_decay, None)
-    d_out, d_final = _widened(d_out, (-1,)), _widened(d_final, (-2, -1))
+    d_out, d_final = widened(d_out, -1), widened(d_final, -2, -1)
     made = KERNELS[kind].backward(*operands, states, d_out, d_final, scale=scale)
     d_query, d_key, d_value, d_beta, d_log_decay, d_initial = made
     channels, values = key.shape[-1], value.shape[-1]

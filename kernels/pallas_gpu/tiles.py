@@ -1,4 +1,4 @@
-"""What Triton kernels of recurrences share: how they are launched, products of tiles, decays within a chunk.
+"""What Triton kernels share: how they are launched, products of tiles, a softmax in parts, decays within a chunk.
 
 A kernel's values have sizes that are powers of two and are not sliced: parts of an operand are loads of their own.
 Wide operands are gone through in blocks of channels, so that a program needs little shared memory and several
@@ -88,6 +88,14 @@ def side(size: int) -> int:
     return max(16, pl.next_power_of_2(size))
 
 
+def widened(x, *axes: int):
+    """An array with zeros up to the `side` of a tile along the axes; None for None."""
+    if x is None:
+        return None
+    filled = {axis % x.ndim: side(x.shape[axis]) - x.shape[axis] for axis in axes}
+    return jnp.pad(x, [(0, filled.get(axis, 0)) for axis in range(x.ndim)]) if any(filled.values()) else x
+
+
 def width(size: int, dtype: Any, most: int = 64) -> int:
     """Channels of an operand that are loaded at once; of float32 32 at most."""
     return min(size, most if dtype == jnp.bfloat16 else min(most, 32))
@@ -149,6 +157,26 @@ def dot_parts(left, right, **transposed: bool):
     most = max(len(left), len(right))
     pairs = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < most]
     return sum(dot(left[i], right[j], **transposed) for i, j in sorted(pairs, key=sum, reverse=True))
+
+
+def softmax_step(logits, seen, peak, total):
+    """A softmax along the rows of tiles that come one after another: what the next tile makes of it.
+
+    Args:
+        logits, seen: `(queries, keys)`, float32 and bool.
+        peak, total: `(queries,)` of the tiles before: the largest logit, -inf if none was seen, and the sum of the
+            exponentials of logits less that.
+
+    Returns:
+        Exponentials less the new peak, 0 where not seen; the factor of what was summed before; new peak, new total.
+    """
+    logits = jnp.where(seen, logits, -jnp.inf)
+    new = jnp.maximum(peak, jnp.max(logits, axis=1))
+    # Nothing seen so far: any finite number will do.
+    safe = jnp.where(new == -jnp.inf, 0.0, new)
+    p = jnp.where(seen, jnp.exp(logits - safe[:, None]), 0.0)
+    shrink = jnp.exp(peak - safe)
+    return p, shrink, new, total * shrink + jnp.sum(p, axis=1)
 
 
 def indices():
