@@ -42,7 +42,7 @@ def test_slices_of_a_batch_are_those_of_a_process_devices():
 
     def of(process, **sizes):
         mesh = sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1, sequence=1) | sizes, devices)
-        return sharding.slices(sharding.batch_sharding(mesh), process)
+        return sharding.batch_slices(sharding.batch_sharding(mesh), process)
 
     assert [of(p) for p in range(4)] == [((0, 1), 8), ((2, 3), 8), ((4, 5), 8), ((6, 7), 8)]
     assert [of(p, tensor=4) for p in range(4)] == [((0,), 2), ((0,), 2), ((1,), 2), ((1,), 2)]

@@ -297,7 +297,7 @@ def train_iterator(
             example's own np.random.Generator. It returns a dict of arrays of one shape each. With `workers` it must
             be picklable.
         start: global example number to begin with, `DataPosition.examples` when resuming.
-        share: which rows of each global batch to give (`train.sharding.slices`); all of them by default.
+        share: which rows of each global batch to give (`train.sharding.batch_slices`); all of them by default.
         workers: number of worker processes; 0 makes the batches in threads of this process.
         prefetch: batches made ahead, by as many threads; with workers, batches made ahead by each worker.
         channels: of images, 1 or 3; None means the data set's own.

@@ -20,7 +20,7 @@ from train.evaluate import evaluate
 from train.face_set import FaceSet, check_strangers
 from train.inputs import eval_splits, eval_transform, open_dataset, train_order, train_transform
 from train.sequences import SequenceSet
-from train.sharding import check_batch, place_batch, slices
+from train.sharding import batch_slices, check_batch, place_batch
 from train.step import TrainState
 from train.verification_metrics import pairs_to_verify
 
@@ -138,7 +138,7 @@ def train(run: Run, notice: preemption.Notice | None = None) -> dict[str, Any]:
         seed=config.seed,
         transform=train_transform(config, run.train_set),
         start=run.examples,
-        share=data.Share(*slices(program.rows)),
+        share=data.Share(*batch_slices(program.rows)),
         workers=config.data.workers,
         prefetch=config.data.prefetch,
         repeats=config.data.repeats,
@@ -357,7 +357,7 @@ def _evaluate(
                 dataset,
                 batch_size=_eval_batch_size(run.config),
                 transform=eval_transform(run.config, dataset),
-                share=data.Share(*slices(run.program.rows)),
+                share=data.Share(*batch_slices(run.program.rows)),
                 workers=run.config.data.workers,
                 prefetch=run.config.data.prefetch,
             )

@@ -163,8 +163,8 @@ def target(topology: str) -> Target:
         )
     devices = aot.tpu_devices(topology)
     kind = devices[0].device_kind
-    slices = name.rpartition("*")[0] or "1"
-    limits, chips = peak(kind), math.prod(map(int, (slices, *shape.split("x"))))
+    limits = peak(kind)
+    chips = len({(getattr(device, "slice_index", 0), *device.coords) for device in devices})
     if limits is not None and len(devices) > chips and kind.lower() not in ("tpu v2", "tpu v3"):
         # Each chip is two devices here, which have half of it each.
         half = len(devices) // chips

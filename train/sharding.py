@@ -203,7 +203,7 @@ def check_tokens(name: str, length: int | None, mesh: Mesh | AbstractMesh) -> No
 
 
 @functools.lru_cache
-def slices(sharding: NamedSharding, process: int | None = None) -> tuple[tuple[int, ...], int]:
+def batch_slices(sharding: NamedSharding, process: int | None = None) -> tuple[tuple[int, ...], int]:
     """Which of the slices of a global batch, one for every place along `data` and `fsdp`, lie on a process's devices.
 
     Processes whose devices differ along `tensor` and `sequence` alone have the same slices.
@@ -222,11 +222,11 @@ def slices(sharding: NamedSharding, process: int | None = None) -> tuple[tuple[i
 
 
 def place_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Rows of a global batch, those of `slices`, on this process's devices; tokens are also split along `sequence`.
+    """Rows of a global batch, of `batch_slices`, on this process's devices; tokens are also split along `sequence`.
 
     The targets of a row are its tokens shifted by one: they come so from the data, and none is missing at a split.
     """
-    here, count = slices(sharding)
+    here, count = batch_slices(sharding)
     # Images are not: a mesh with such an axis is for sequences, see `check_tokens`.
     tokens = sharding
     if sharding.mesh.shape[SEQUENCE_AXIS] > 1:
