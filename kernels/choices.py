@@ -1,7 +1,12 @@
-"""Arguments that take one of a few names."""
+"""Arguments that take names: one of a few, or several."""
 
 import difflib
 from collections.abc import Iterable
+
+
+def names(text: str) -> list[str]:
+    """The names in a list with commas between them."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def check_choice(argument: str, given, known: Iterable[str]) -> None:

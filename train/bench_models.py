@@ -21,8 +21,8 @@ from kernels.bench.limits import DATA_SHEET, Limits, limits
 from kernels.bench.measure import Effort
 from kernels.bench.meta import meta
 from kernels.bench.suites import chosen_shapes
-from kernels.choices import check_choice
-from train import model_steps, plan, timm_steps
+from kernels.choices import check_choice, names
+from train import commands, model_steps, plan, timm_steps
 from zoo import registry
 from zoo.sequence.sequence_model import SequenceModel
 
@@ -130,15 +130,10 @@ def run(arguments: argparse.Namespace, tell: Callable[[str], None]) -> tuple[dic
 
 def parser(description: str, prog: str) -> argparse.ArgumentParser:
     """The options that the suites share, as `kernels.bench` hands them on."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m {prog}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = commands.parser(prog, description)
     made.add_argument("--size", choices=("small", "full"))
     for name in ("--ops", "--shapes", "--dtypes"):
-        made.add_argument(name, type=lambda text: [word for word in text.split(",") if word], default=[])
+        made.add_argument(name, type=names, default=[])
     made.add_argument("--repeats", type=int)
     return made
 

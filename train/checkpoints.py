@@ -11,7 +11,6 @@ on a run that is being trained: what is being saved looks unfinished. Exit codes
 (or would not be after --repair), 2 the directory is wrong or cannot be written.
 """
 
-import argparse
 import dataclasses
 import datetime
 import json
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from train import commands
 from zoo.formats import orbax_dir
 from zoo.tables import scaled, table
 
@@ -144,12 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 all steps are good, 1 some are not, 2 the directory is wrong or cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m train.checkpoints",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("train.checkpoints", __doc__)
     parser.add_argument("directory", metavar="DIR", help="a run's workdir, its folder of checkpoints, or one step")
     parser.add_argument("--verify", action="store_true", help="read every byte, not only the sizes")
     parser.add_argument("--repair", action="store_true", help="verify, and remove what is damaged or unfinished")

@@ -8,7 +8,6 @@ A table is a name in the config file's `TABLES`, and its rows are arguments of `
 Progress goes to stderr; stdout gets the table and one line of JSON.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ import jax
 import ml_collections
 from etils import epath
 
+from train import commands, evaluate, host, loop, text, verification_metrics
 from train import config as config_lib
-from train import evaluate, host, loop, text, verification_metrics
 from train.sequences import SequenceSet
 from zoo.registry import nearest
 from zoo.sequence.sequence_model import SequenceModel
@@ -200,12 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 a training failed, 2 the arguments, the data or the workdir are wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m train.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("train.compare", __doc__)
     parser.add_argument("--config", required=True, metavar="FILE:TABLE", help="a config file and one of its tables")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the runs are kept; goes on with them")
     parser.add_argument("--only", action="append", default=[], metavar="ROW", help="this row; may be given again")

@@ -24,8 +24,8 @@ import jax
 import ml_collections
 from etils import epath
 
+from train import commands, evaluate, plan, plan_table, sharding
 from train import config as config_lib
-from train import evaluate, plan, plan_table, sharding
 
 # A batch is refined in steps of an eighth of the power of two below it, examples per device.
 REFINED = 8
@@ -75,12 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.compile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="The config's keys are set by --config.KEY=VALUE, as for python -m train.",
+    parser = commands.parser(
+        "train.compile", __doc__, epilog="The config's keys are set by --config.KEY=VALUE, as for python -m train."
     )
     parser.add_argument("--config", required=True, metavar="FILE:ARG", help="a config file and its argument")
     parser.add_argument(

@@ -26,8 +26,8 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 import zoo
+from train import commands, data, host, inputs, leaves, metrics, program, sources, tasks
 from train import config as config_lib
-from train import data, host, inputs, leaves, metrics, program, sources, tasks
 from train.checkpoint import CheckpointError, read_state
 from train.face_set import FaceSet
 from train.sequences import SequenceSet
@@ -129,12 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("train.evaluate", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--workdir", metavar="DIR", help="a run of `python -m train`")
     what.add_argument("--model", metavar="TAG", help="a model with published weights, such as davit_tiny.msft_in1k")

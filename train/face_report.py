@@ -6,7 +6,6 @@ Writes `roc.png`, `scores.png` and `faces.png`, and, of models with streams of p
 What is printed on stdout is one line of JSON with the metrics.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from etils import epath
 from PIL import Image
 
 import zoo
-from train import evaluate, host, inputs, metrics, verification_metrics
+from train import commands, evaluate, host, inputs, metrics, verification_metrics
 from train import verification_pictures as pictures
 from train.face_set import FaceSet
 from train.mixing import normalize
@@ -116,12 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 the arguments, the data or the weights are wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m train.face_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("train.face_report", __doc__)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="a run of `python -m train`")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the pictures go")
     parser.add_argument("--step", type=int, help="this checkpoint and no other")

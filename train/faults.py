@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from train import commands
+
 # Whether a relative norm is rounding.
 ROUNDING = 1e-6
 # Without batch statistics.
@@ -199,12 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 every figure holds, 1 one does not, 2 the arguments are wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m train.faults",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("train.faults", __doc__)
     parser.add_argument("--only", metavar="ID,ID", help=f"some of {', '.join(FIGURES)}; default: all")
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="R1: kills (default: 20)")
     parser.add_argument("--places", type=int, default=20, metavar="N", help="R2: places for each damage (default: 20)")

@@ -26,8 +26,9 @@ from typing import Any
 
 from etils import epath
 
+from kernels.choices import names
+from train import commands, plan, plan_table
 from train import config as config_lib
-from train import plan, plan_table
 from train.metrics import replace_file
 
 TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:4x4x4")
@@ -126,15 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.plan_all",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("train.plan_all", __doc__)
     parser.add_argument("--json", required=True, metavar="FILE", help="all plans, as they come; what is there is kept")
     parser.add_argument("--models", type=_some_of(MODELS), default=list(MODELS), metavar="A,B", help="default: all")
-    parser.add_argument("--topologies", type=_names, default=TOPOLOGIES, metavar="A,B", help=", ".join(TOPOLOGIES))
+    parser.add_argument("--topologies", type=names, default=TOPOLOGIES, metavar="A,B", help=", ".join(TOPOLOGIES))
     parser.add_argument("--meshes", type=_some_of(MESHES), default=list(MESHES), metavar="A,B", help=", ".join(MESHES))
     parser.add_argument("--effort", choices=plan.EFFORTS, help="of the compiler, see train.compile; default: its own")
     parser.add_argument("--limit", type=float, default=3600, metavar="SECONDS", help="for one plan (default: 3600)")
@@ -143,15 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _some_of(known: dict[str, Any]) -> Callable[[str], list[str]]:
     def some(text: str) -> list[str]:
-        if unknown := [name for name in _names(text) if name not in known]:
+        if unknown := [name for name in names(text) if name not in known]:
             raise argparse.ArgumentTypeError(f"no {', '.join(unknown)}; there are {', '.join(known)}")
-        return _names(text)
+        return names(text)
 
     return some
 

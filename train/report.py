@@ -8,7 +8,6 @@ The page needs nothing else: the plots are drawn into it. It may be asked for wh
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 import math
@@ -18,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from train import checkpoints, metrics
+from train import checkpoints, commands, metrics
 from zoo.formats.orbax_dir import CheckpointError
 from zoo.tables import scaled
 
@@ -201,12 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 there is no run, or it cannot be read or written.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m train.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("train.report", __doc__)
     parser.add_argument("workdir", metavar="WORKDIR", help="directory of a run")
     parser.add_argument("--out", metavar="FILE", help=f"where the page goes; default: WORKDIR/{PAGE}")
     arguments = parser.parse_args(argv)

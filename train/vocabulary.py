@@ -7,13 +7,12 @@ It begins with the 256 bytes, so that no UTF-8 text is lost. The same text gives
 called "python" was made by the first of these lines.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from train import evaluate, text
+from train import commands, evaluate, text
 from zoo.sequence.tokenizers import import_library
 
 BYTES = 256
@@ -65,12 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 the arguments or the data are wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m train.vocabulary",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("train.vocabulary", __doc__)
     parser.add_argument("file", metavar="FILE.json", help="to write")
     parser.add_argument("--data", default="stdlib", metavar="NAME", help="as data.name of a config (%(default)s)")
     parser.add_argument("--path", metavar="PATH", help="as data.path of a config")

@@ -29,14 +29,10 @@ from kernels.bench.limits import limits
 from kernels.bench.measure import Effort, Plan, measure
 from kernels.bench.meta import meta
 from kernels.bench.table import table
-from kernels.choices import check_choice
+from kernels.choices import check_choice, names
 
 EFFORTS = {"quick": Effort(7, 0.01, 1.0), "kernels": Effort(15, 0.03, 8.0), "variants": Effort(9, 0.02, 2.0)}
 SUITES = (*suites.SUITES, *children.MODULES)
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _count(text: str) -> int:
@@ -53,10 +49,10 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("--suite", default="quick", metavar="NAME", help=f"one of {', '.join(SUITES)} (quick)")
-    made.add_argument("--ops", type=_names, default=[], metavar="A,B", help="functions, variants or models: softmax")
+    made.add_argument("--ops", type=names, default=[], metavar="A,B", help="functions, variants or models: softmax")
     made.add_argument("--size", metavar="NAME", help="small or full shapes; by default small on a CPU, else full")
-    made.add_argument("--shapes", type=_names, default=[], metavar="A,B", help="parts of shapes: N512 or 8192x3")
-    made.add_argument("--dtypes", type=_names, metavar="A,B", help="float32 (on a CPU), bfloat16 (elsewhere)")
+    made.add_argument("--shapes", type=names, default=[], metavar="A,B", help="parts of shapes: N512 or 8192x3")
+    made.add_argument("--dtypes", type=names, metavar="A,B", help="float32 (on a CPU), bfloat16 (elsewhere)")
     made.add_argument("--repeats", type=_count, metavar="N", help="samples of every row, if they do not take too long")
     made.add_argument("--json", metavar="FILE", help="all rows and how they were taken")
     made.add_argument("--csv", metavar="FILE", help="all rows")
