@@ -12,7 +12,7 @@ import zoo
 from kernels import bilevel_attention, block_sparse_attention, compat
 from kernels.cost import cost
 from kernels.dispatch import record_choices
-from tests.triton_kernels import hopper
+from tests.triton_kernels import assert_model_has_its_kernels
 
 KERNELS = ("pallas_tpu", "pallas_triton")
 # Queries, keys, heads, width of keys and of values, query blocks, listed blocks, tokens of a key block. On a TPU the
@@ -325,23 +325,7 @@ def test_bilevel_attention_by_kernels(name, implementation):
 def test_a_model_lowered_for_a_platform_holds_its_kernels():
     model = zoo.create_model("biformer_nano")
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32)
-    variables = jax.jit(model.init)(jax.random.key(0), images)
-
-    def loss(params):
-        return model.apply(variables | {"params": params}, images).sum()
-
-    program = jax.jit(jax.value_and_grad(loss))
-    for platform, target in (("tpu", "tpu_custom_call"), ("cuda", "block_sparse_key_gradient"), ("cpu", None)):
-        with compat.lowering_triton(), hopper():
-            text = program.trace(variables["params"]).lower(lowering_platforms=(platform,)).as_text()
-        assert target is None or target in text, platform
-        assert target is not None or "custom_call @tpu" not in text and "triton" not in text
-    expected = model.apply(variables, images)
-    for implementation in KERNELS:
-        with compat.interpret():
-            same = zoo.create_model("biformer_nano", implementation=(implementation, "xla"))
-            found = jax.jit(same.apply)(variables, images)
-        assert_close(found, expected, 1e-5)
+    assert_model_has_its_kernels(model, images, "block_sparse_key_gradient")
 
 
 def test_cost_is_what_the_mathematics_needs():

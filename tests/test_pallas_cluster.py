@@ -16,7 +16,7 @@ from kernels.cluster_plan import Plan
 from kernels.cost import cost
 from kernels.dispatch import record_choices
 from tests.test_pallas_block_sparse import assert_close, differentiated, gradient_program
-from tests.triton_kernels import hopper
+from tests.triton_kernels import assert_model_has_its_kernels
 
 KERNELS = ("pallas_tpu", "pallas_triton")
 UNSHARED = dict(shared=False, key=True)
@@ -199,22 +199,7 @@ def test_rows_are_rolled_as_a_tpu_rolls_them():
 def test_a_model_lowered_for_a_platform_holds_its_kernels(membership):
     model = zoo.create_model("routing_transformer_nano", membership=membership, depth=1)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 64)), jnp.int32)
-    variables = jax.jit(model.init)(jax.random.key(0), tokens)
-
-    def loss(params):
-        return model.apply(variables | {"params": params}, tokens).sum()
-
-    program = jax.jit(jax.value_and_grad(loss))
-    for platform, target in (("tpu", "tpu_custom_call"), ("cuda", "cluster_key_gradient"), ("cpu", None)):
-        with compat.lowering_triton(), hopper():
-            text = program.trace(variables["params"]).lower(lowering_platforms=(platform,)).as_text()
-        assert target is None or target in text, platform
-        assert target is not None or "custom_call @tpu" not in text and "triton" not in text
-    wanted = model.apply(variables, tokens)
-    for implementation in KERNELS:
-        with compat.interpret():
-            found = jax.jit(model.clone(implementation=(implementation, "xla")).apply)(variables, tokens)
-        assert_close(found, wanted, 1e-5)
+    assert_model_has_its_kernels(model, tokens, "cluster_key_gradient")
 
 
 def test_pairs_are_counted_as_ranks_see_each_other():

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 
 import jax
+import numpy as np
 from jax._src.interpreters import mlir
 from jax._src.lib import triton as jaxlib_triton
 from jax.sharding import AbstractDevice, AbstractMesh
@@ -47,6 +48,31 @@ def hopper():
 def lowered_for_cuda(function, *arrays):
     with hopper(), compat.lowering_triton():
         return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
+
+
+def assert_model_has_its_kernels(model, x, kernel: str) -> None:
+    """A model's gradient lowered for a platform holds its kernels, and interpreted they give what XLA gives.
+
+    Args:
+        kernel: the name of one, on GPUs.
+    """
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+
+    def loss(params):
+        return model.apply(variables | {"params": params}, x).sum()
+
+    program = jax.jit(jax.value_and_grad(loss))
+    texts = {}
+    for platform in ("tpu", "cuda", "cpu"):
+        with compat.lowering_triton(), hopper():
+            texts[platform] = program.trace(variables["params"]).lower(lowering_platforms=(platform,)).as_text()
+    assert "tpu_custom_call" in texts["tpu"] and kernel in texts["cuda"]
+    assert "custom_call @tpu" not in texts["cpu"] and "triton" not in texts["cpu"]
+    expected = np.asarray(model.apply(variables, x), np.float64)
+    for implementation in ("pallas_tpu", "pallas_triton"):
+        with compat.interpret():
+            found = jax.jit(model.clone(implementation=(implementation, "xla")).apply)(variables, x)
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=1e-5, rtol=1e-5)
 
 
 def compiled_by_triton(function, *arrays, architectures=tuple(ARCHITECTURES)) -> list[Compiled]:
