@@ -2,7 +2,7 @@
 
     python -m train.plan_all --json plans.json                                         # hours on four cores
     python -m train.plan_all --json plans.json --models davit_giant,yaad_1b3 --topologies v5e:16x16 --meshes fsdp
-    python -m train.plan_all --json plans.json --effort O0                             # a third of the time
+    python -m train.plan_all --json plans.json --effort O0         # about a fifth of the CPU time on davit_tiny
 
 Each plan is made by `python -m train.compile` in a process of its own and kept in the file as soon as it is there; what
 is in the file is not planned again. A step that does not fit is planned once more with its blocks recomputed, then with
