@@ -213,8 +213,8 @@ def test_implementations():
     with record_choices() as choices:
         miras(**arrays, **gates, rule=moneta())
     assert {choice.implementation for choice in choices} == {"xla"}
-    with pytest.raises(NotImplementedError, match="pallas_tpu: not written for this op"):
-        miras(**arrays, **gates, rule=moneta(), implementation="pallas_tpu")
+    with pytest.raises(NotImplementedError, match="pallas_triton: not written for this op"):
+        miras(**arrays, **gates, rule=moneta(), implementation="pallas_triton")
 
 
 @pytest.mark.parametrize(

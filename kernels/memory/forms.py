@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import sequence_parallel
+from kernels import memory_plan, sequence_parallel
 from kernels.dense import accumulator_dtype
 from kernels.dispatch import Implementation, dispatch
 from kernels.memory.block import State, Tokens, Weights, advance
 from kernels.memory.check import check_operands
 from kernels.memory.rule import MemoryRule
+from kernels.pallas_tpu import memory as pallas_tpu
 
 
 class MemoryState(NamedTuple):
@@ -129,7 +130,22 @@ def miras(
     return dispatch("miras", TABLE, implementation, arrays, {**options, "aligned": aligned})
 
 
-def _xla(query, key, value, weights, step, log_retention, threshold, log_momentum, segments, initial_state, **options):
+def _run(
+    query,
+    key,
+    value,
+    weights,
+    step,
+    log_retention,
+    threshold,
+    log_momentum,
+    segments,
+    initial_state,
+    *,
+    kernel=None,
+    **options,
+):
+    """The op; `kernel` is a backend of `kernels.memory_plan` that walks through the chunks, None for XLA."""
     rule, chunk_size, form = options["rule"], options["chunk_size"], options["form"]
     acc = accumulator_dtype(value.dtype)
     b, n, h, _ = query.shape
@@ -147,7 +163,6 @@ def _xla(query, key, value, weights, step, log_retention, threshold, log_momentu
         starts = jnp.concatenate([jnp.zeros((b, 1), bool), segments[:, 1:] != segments[:, :-1]], axis=1)
     live = jnp.ones((b, n), bool)
     operands = Tokens(query, key, value, step, log_retention, threshold, log_momentum, live, starts)
-    operands = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(acc), operands)
     if initial_state is None:
         velocity = jax.tree.map(jnp.zeros_like, fresh) if rule.algorithm == "momentum" else None
         begin, position = Weights(fresh, fresh, velocity), None
@@ -158,8 +173,13 @@ def _xla(query, key, value, weights, step, log_retention, threshold, log_momentu
     def block(weights, tokens, opens, one_by_one=form == "materialized"):
         return advance(rule, chunk_size, fresh, weights, tokens, opens, one_by_one, options["aligned"])
 
-    run = _recurrent if form == "recurrent" else _chunks
-    end, out = run(block, begin, position, operands, chunk_size)
+    if form == "recurrent":
+        end, out = _recurrent(block, begin, position, operands, chunk_size)
+    else:
+        walk = None
+        if kernel is not None:
+            walk = functools.partial(memory_plan.walk, kernel, rule, chunk_size, fresh, options["return_state"])
+        end, out = _chunks(block, begin, position, operands, chunk_size, walk)
     out = out.astype(value.dtype)
     if not options["return_state"]:
         return out
@@ -168,7 +188,10 @@ def _xla(query, key, value, weights, step, log_retention, threshold, log_momentu
     return out, MemoryState(*end, done % chunk_size)
 
 
-TABLE = (Implementation("xla", _xla),)
+TABLE = (
+    Implementation("xla", _run),
+    memory_plan.implementation(_run, pallas_tpu.BACKEND),
+)
 
 
 def _starts(rule, weights, dtype) -> State:
@@ -176,23 +199,24 @@ def _starts(rule, weights, dtype) -> State:
     return {name: rule.retention.start(jnp.asarray(weights[name], dtype), sides[name]) for name in sides}
 
 
-def _blocks(operands: Tokens, size: int) -> Tokens:
+def _blocks(operands: Tokens, size: int, dtype) -> Tokens:
     """Operands `(B, N, H, c)` as `(N / size, B * H, size, c)`, those of tokens `(B, N)` repeated for each head."""
     b, n, h, _ = operands.query.shape
 
     def one(x):
         x = x if x.ndim == 4 else jnp.broadcast_to(x[:, :, None, None], (b, n, h, 1))
-        x = x.reshape(b, -1, size, h, x.shape[-1]).transpose(1, 0, 3, 2, 4)
-        x = x.reshape(x.shape[0], b * h, size, -1)
-        return x[..., 0] if x.dtype == bool else x
+        x = x.reshape(b, n // size, size, h, x.shape[-1]).transpose(1, 0, 3, 2, 4)
+        x = x.reshape(n // size, b * h, size, x.shape[-1])
+        return x[..., 0] if x.dtype == bool else x.astype(dtype)
 
     return jax.tree.map(one, operands)
 
 
 def _joined(out, b: int, h: int):
     """The inverse of `_blocks`."""
-    out = out.reshape(out.shape[0], b, h, *out.shape[2:]).transpose(1, 0, 3, 2, 4)
-    return out.reshape(b, -1, *out.shape[3:])
+    blocks, _, size, channels = out.shape
+    out = out.reshape(blocks, b, h, size, channels).transpose(1, 0, 3, 2, 4)
+    return out.reshape(b, blocks * size, h, channels)
 
 
 def _recurrent(block, begin, position, operands, chunk_size):
@@ -205,11 +229,13 @@ def _recurrent(block, begin, position, operands, chunk_size):
         weights, out = block(weights, tokens, position == 0)
         return (weights, (position + 1) % chunk_size), out
 
-    (end, _), out = jax.lax.scan(body, (begin, jnp.repeat(position, h)), _blocks(operands, 1))
+    tokens = _blocks(operands, 1, jax.tree.leaves(begin)[0].dtype)
+    (end, _), out = jax.lax.scan(body, (begin, jnp.repeat(position, h)), tokens)
     return end, _joined(out, b, h)
 
 
-def _chunks(block, begin, position, operands, chunk_size):
+def _chunks(block, begin, position, operands, chunk_size, kernel):
+    """Chunk by chunk; `kernel` walks through whole chunks as `scanned` does, where there is one."""
     b, n, h, _ = operands.query.shape
     behind = -n % chunk_size if position is None else -(n + chunk_size - 1) % chunk_size + chunk_size - 1
 
@@ -222,7 +248,6 @@ def _chunks(block, begin, position, operands, chunk_size):
 
     fills = Tokens(*(0,) * 5, 1, *(0,) * 3)
     padded = Tokens(*(None if x is None else placed(x, fill) for x, fill in zip(operands, fills)))
-    blocks = _blocks(padded, chunk_size)
 
     @jax.checkpoint
     def body(weights, tokens):
@@ -236,15 +261,29 @@ def _chunks(block, begin, position, operands, chunk_size):
         )
         return moved._replace(anchor=anchor), out
 
+    def blocks(tokens):
+        return _blocks(tokens, chunk_size, jax.tree.leaves(begin)[0].dtype)
+
+    def scanned(weights, tokens):
+        end, out = jax.lax.scan(body, weights, blocks(tokens))
+        return end, _joined(out, b, h)
+
     if position is None:
-        end, out = jax.lax.scan(body, begin, blocks)
-        return end, _joined(out, b, h)[:, :n]
-    first = jax.tree.map(lambda x: x[0], blocks)
+        end, out = (kernel or scanned)(begin, padded)
+        return end, out[:, :n]
+
+    def chunks(first, last):
+        return jax.tree.map(lambda x: x[:, first * chunk_size : last * chunk_size], padded)
+
     opens = jnp.repeat(position == 0, h)
-    end, first_out = jax.checkpoint(lambda w, t: block(w, t, opens))(begin, first)
-    outs = [first_out[None]]
-    if len(blocks.query) > 1:
-        end, rest = jax.lax.scan(body, end, jax.tree.map(lambda x: x[1:], blocks))
-        outs.append(rest)
-    out = _joined(jnp.concatenate(outs), b, h)
-    return end, jax.vmap(lambda x, p: jax.lax.dynamic_slice_in_dim(x, p, n, 0))(out, position)
+    first = jax.tree.map(lambda x: x[0], blocks(chunks(0, 1)))
+    end, out = jax.checkpoint(lambda w, t: block(w, t, opens))(begin, first)
+    outs = [_joined(out[None], b, h)]
+    # A kernel knows no chunk that has begun already, as the first, nor one without a token, as the last may be.
+    count = padded.query.shape[1] // chunk_size
+    last = count if kernel is None else max(1, count - 1)
+    for walk, part in ((kernel or scanned, (1, last)), (scanned, (last, count))):
+        if part[0] < part[1]:
+            end, out = walk(end, chunks(*part))
+            outs.append(out.astype(outs[0].dtype))
+    return end, jax.vmap(lambda x, p: jax.lax.dynamic_slice_in_dim(x, p, n, 0))(jnp.concatenate(outs, 1), position)

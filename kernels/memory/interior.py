@@ -123,7 +123,8 @@ def by_inputs(kernel: Dense | Tiled, x: jax.Array, y: jax.Array) -> jax.Array:
     across = jnp.matmul(x * kernel.rows, (y[:, None] * kernel.columns).swapaxes(-1, -2))
     inside = jnp.einsum("gstc,gstic->gsti", x, kernel.diagonal * inside[:, :, None])
     tiles = jnp.eye(inside.shape[1], dtype=bool)[:, None, :, None]
-    inside = jnp.where(tiles, inside[:, :, :, None], 0).reshape(len(y), -1, inside.shape[1] * side)
+    rows = inside.shape[1] * side
+    inside = jnp.where(tiles, inside[:, :, :, None], 0).reshape(len(y), rows, rows)
     out = _joined(across, tokens) + inside[:, :tokens, :tokens]
     return jnp.where(kernel.mask, out, 0)
 
@@ -168,12 +169,12 @@ def _tiled(rows, columns, mask):
 def _tiles(x, side, mode="constant"):
     """`(G, b, ...)` as `(G, tiles, side, ...)`, filled up."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % side), *[(0, 0)] * (x.ndim - 2)], mode=mode)
-    return x.reshape(len(x), -1, side, *x.shape[2:])
+    return x.reshape(len(x), x.shape[1] // side, side, *x.shape[2:])
 
 
 def _joined(x, tokens):
     """The inverse of `_tiles`."""
-    return x.reshape(len(x), -1, *x.shape[3:])[:, :tokens]
+    return x.reshape(len(x), x.shape[1] * x.shape[2], *x.shape[3:])[:, :tokens]
 
 
 def _between(rows, columns, mask):

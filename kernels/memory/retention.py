@@ -154,7 +154,9 @@ class Entropy(Retention):
     def channels(self, log_retention: jax.Array, side: str) -> jax.Array:
         if log_retention.shape[-1] == 1 or gated_axis(side) not in slice_axes(self.slices, side):
             return log_retention
-        return jax.nn.logsumexp(log_retention, axis=-1, keepdims=True) - jnp.log(log_retention.shape[-1])
+        # The logarithm of the mean, in operations that a kernel has, too.
+        most = jax.lax.stop_gradient(log_retention.max(-1, keepdims=True))
+        return most + jnp.log(jnp.exp(log_retention - most).mean(-1, keepdims=True))
 
     def lag(self, state: jax.Array, log_retention: jax.Array, change: jax.Array, side: str) -> jax.Array:
         """Weights after the first token of a chunk, from those before it and step times gradient."""
