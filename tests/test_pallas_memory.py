@@ -38,13 +38,13 @@ every_rule = pytest.mark.parametrize("name", ["yaad", *(pytest.param(n, marks=sl
 
 
 def operands(rule, tokens=TOKENS, batch=2, heads=1, seed=0, channels=True, dtype=jnp.float32):
-    """Operands as trained models have them: keys and queries of norm 1, steps that a chunk's sum keeps below 1."""
+    """Operands as trained models have them: keys of norm 1, a chunk's steps small in sum, its retention near 1."""
     rng = np.random.default_rng(seed)
     e = 32 if type(rule.memory).__name__ == "Matrix" else None
     arrays, gates = memories.operands(rule, tokens, channels, heads, 16, e, 32, batch, rng)
     for name in ("query", "key"):
         arrays[name] /= np.linalg.norm(arrays[name], axis=-1, keepdims=True)
-    gates["step"] = gates["step"] / CHUNK
+    gates = {n: x / CHUNK if n in ("step", "log_retention") else x for n, x in gates.items()}
     arrays, gates = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (arrays, gates))
     return arrays | {name: arrays[name].astype(dtype) for name in memory_plan.WIDE}, gates
 

@@ -3,12 +3,6 @@
 Heads are folded into the batch: of each operand a block has `(G, b, ...)`, of each state `(G, ...)`. Every form is a
 scan over blocks: of a chunk's tokens, or of one token, whose gradient is then taken at the weights of its chunk's start
 all the same.
-
-There is no kernel yet, and one would pay, in the gradient: compiled for a TPU v5e at the shapes of the 170m models (4
-rows of 4,096 tokens, 16 heads of 48 channels, chunks of 16), output and gradients together move 25.8 GB with Yaad, 32.2
-with Moneta, 45.0 with Memora (64.4 with its exact interior). With the memory in fast memory from chunk to chunk it
-would be 3.0: operands and results 0.6, and the memory at every chunk's start written once and read once. The output
-alone moves 1.3 GB, of 0.2 at least, as there the compiler already keeps the memory on the chip.
 """
 
 from typing import NamedTuple

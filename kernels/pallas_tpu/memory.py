@@ -1,40 +1,32 @@
 """Memories on a TPU: the state of a head stays in fast memory while a row's chunks pass by; see `kernels.memory_plan`.
 
-One program computes a block of chunks of a group of heads. Programs of a row and group run one after the other, backward
-in the backward pass, and hand on the state, or its gradient, in the block of the result that holds the last one. The
-state before each block is written for the backward pass, which computes those between the block's chunks again.
-
-Operands are `(B, H * c, N)` as in `kernels.pallas_tpu.scan`, and turned where they are used; what a token has one number
-of is a row of `(B, groups, rows, N)`.
+One program computes a block of chunks of a group of heads. Programs of a row and group run one after the other,
+backward in the backward pass, and hand on the state, or its gradient, in the block of the result that holds the last
+one. The state before each block is written for the backward pass, which computes those between the block's chunks
+again.
 """
-
-import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import compat, memory_plan, tuning
+from kernels import compat, memory_plan
 from kernels.pallas_tpu import memory_chunk
 from kernels.pallas_tpu.memory_chunk import Chunk
+from kernels.pallas_tpu.memory_layout import (
+    LANES,
+    block_tokens,
+    named_states,
+    of_states,
+    packed,
+    shapes_of,
+    state_structs,
+    unpacked,
+)
+from kernels.pallas_tpu.scan_parts import turned, turned_back
 
 VMEM_BYTES = 60 * 2**20
-LANES = 128
-
-
-def block_tokens(chunk: int) -> int:
-    """Tokens of a program."""
-    blocks = tuning.blocks("memory", "tpu", dict(tokens=LANES), chunk=chunk)
-    return max(chunk, blocks["tokens"])
-
-
-def _group(heads: int, shapes) -> int:
-    """Heads of a program: what waits for one head's products is filled with another's."""
-    default = dict(heads=2 if max(map(max, shapes.values())) <= 256 else 1)
-    blocks = tuning.blocks("memory_heads", "tpu", default, **{n: tuning.bucket(max(s)) for n, s in shapes.items()})
-    return math.gcd(heads, blocks["heads"])
 
 
 def _state_bytes(shapes) -> int:
@@ -56,131 +48,12 @@ def unsupported(chunk: int, shapes: dict[str, tuple[int, int]]) -> str | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shapes:
-    """Static sizes of a call.
-
-    Attributes:
-        wide: channels of each operand that has one row or more for each of its channels.
-        rows: those of which a token and head have one number.
-        states: shapes of a head's states.
-        group: heads of a program; block: its tokens.
-    """
-
-    call: memory_plan.Call
-    batch: int
-    tokens: int
-    heads: int
-    wide: dict[str, int]
-    rows: tuple[str, ...]
-    states: dict[str, tuple[int, int]]
-    group: int
-    block: int
-    narrow: bool
-    backward: bool = False
-
-    @property
-    def blocks(self) -> int:
-        return self.tokens // self.block
-
-    @property
-    def chunks(self) -> int:
-        """Of a block."""
-        return self.block // self.call.chunk
-
-    def index(self, block):
-        return self.blocks - 1 - block if self.backward else block
-
-    def wide_spec(self, channels: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, self.group * channels, self.block), lambda b, g, c: (b, g, self.index(c)))
-
-    @property
-    def padded_rows(self) -> int:
-        """Rows of a group's `rows`, whole tiles."""
-        return -(-len(self.rows) * self.group // 8) * 8
-
-    @property
-    def rows_spec(self) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 1, self.padded_rows, self.block), lambda b, g, c: (b, g, 0, self.index(c)))
-
-    def state_spec(self, name: str) -> pl.BlockSpec:
-        """The group's heads of a state `(B, H, R, C)`."""
-        return pl.BlockSpec((1, self.group, *self.states[name]), lambda b, g, c: (b, g, 0, 0))
-
-    def kept_spec(self, name: str) -> pl.BlockSpec:
-        """A block's of states `(B, H, blocks, R, C)`."""
-        return pl.BlockSpec((1, self.group, 1, *self.states[name]), lambda b, g, c: (b, g, self.index(c), 0, 0))
-
-
-def _shapes(call, operands, states, backward=False) -> _Shapes:
-    batch, tokens, heads, _ = operands["query"].shape
-    states = {name: x.shape[2:] for name, x in states.items()}
-    channels = {name: x.shape[-1] for name, x in operands.items()}
-    return _Shapes(
-        call=call,
-        batch=batch,
-        tokens=tokens,
-        heads=heads,
-        wide={name: c for name, c in channels.items() if c > 1},
-        rows=tuple(name for name, c in channels.items() if c == 1),
-        states=states,
-        group=_group(heads, states),
-        block=block_tokens(call.chunk),
-        narrow=operands["query"].dtype == jnp.bfloat16,
-        backward=backward,
-    )
-
-
-def _turned(x):
-    """`(B, N, H, c)` as `(B, H * c, N)`."""
-    batch, tokens, heads, channels = x.shape
-    return x.transpose(0, 2, 3, 1).reshape(batch, heads * channels, tokens)
-
-
-def _turned_back(x, channels):
-    batch, width, tokens = x.shape
-    return x.reshape(batch, width // channels, channels, tokens).transpose(0, 3, 1, 2)
-
-
-def _packed(shapes, operands):
-    """The `rows`, each `(B, N, H or 1, 1)`, as `(B, groups, rows, N)`."""
-    groups = (shapes.batch, shapes.heads // shapes.group, shapes.group, shapes.tokens)
-    whole = (shapes.batch, shapes.tokens, shapes.heads)
-    rows = [jnp.broadcast_to(operands[n][..., 0], whole).transpose(0, 2, 1).reshape(groups) for n in shapes.rows]
-    filler = jnp.zeros((*groups[:2], shapes.padded_rows - len(rows) * shapes.group, shapes.tokens), jnp.float32)
-    return jnp.concatenate([*rows, filler], 2)
-
-
-def _unpacked(shapes, packed):
-    """The inverse."""
-    whole = (shapes.batch, shapes.heads, shapes.tokens)
-    parts = (packed[:, :, i * shapes.group : (i + 1) * shapes.group] for i in range(len(shapes.rows)))
-    return {name: x.reshape(whole).transpose(0, 2, 1)[..., None] for name, x in zip(shapes.rows, parts)}
-
-
 def _inputs(shapes, operands):
     """Names to pairs of an array and how it comes in blocks."""
-    found = {name: (_turned(operands[name]), shapes.wide_spec(c)) for name, c in shapes.wide.items()}
+    found = {name: (turned(operands[name]), shapes.wide_spec(c)) for name, c in shapes.wide.items()}
     if shapes.rows:
-        found["rows"] = (_packed(shapes, operands), shapes.rows_spec)
+        found["rows"] = (packed(shapes, operands), shapes.rows_spec)
     return found
-
-
-def _of_states(shapes, prefix, states):
-    return {f"{prefix}_{name}": (x, shapes.state_spec(name)) for name, x in states.items()}
-
-
-def _state_structs(shapes, prefix, blocks=None):
-    lead = (shapes.batch, shapes.heads, *(() if blocks is None else (blocks,)))
-    spec = shapes.state_spec if blocks is None else shapes.kept_spec
-    return {
-        f"{prefix}_{name}": (jax.ShapeDtypeStruct((*lead, *shape), jnp.float32), spec(name))
-        for name, shape in shapes.states.items()
-    }
-
-
-def _named(found, prefix, shapes):
-    return {name: found[f"{prefix}_{name}"] for name in shapes.states}
 
 
 def _scratch(shapes, names):
@@ -215,15 +88,15 @@ def _call(body, shapes, operands, results, scratch, flops, transcendentals):
 
 def forward(call, operands, begin, fresh, keep):
     """See `kernels.memory_plan`."""
-    shapes = _shapes(call, operands, begin)
+    shapes = shapes_of(call, operands, begin)
     value = operands["value"]
-    inputs = _inputs(shapes, operands) | _of_states(shapes, "begin", begin) | _of_states(shapes, "fresh", fresh or {})
+    inputs = _inputs(shapes, operands) | of_states(shapes, "begin", begin) | of_states(shapes, "fresh", fresh or {})
     out = jax.ShapeDtypeStruct((shapes.batch, shapes.heads * value.shape[-1], shapes.tokens), value.dtype)
-    results = {"out": (out, shapes.wide_spec(value.shape[-1]))} | _state_structs(shapes, "end")
+    results = {"out": (out, shapes.wide_spec(value.shape[-1]))} | state_structs(shapes, "end")
     if call.anchored:
-        results |= _state_structs(shapes, "anchor")
+        results |= state_structs(shapes, "anchor")
     if keep:
-        results |= _state_structs(shapes, "kept", shapes.blocks)
+        results |= state_structs(shapes, "kept", shapes.blocks)
     writing, reading = memory_plan.products(call.rule, call.chunk, shapes.states)
     transcendentals = memory_plan.transcendentals(call.rule, call.chunk, shapes.states)
     scratch = _scratch(shapes, {**shapes.wide, "out_rows": value.shape[-1]})
@@ -231,21 +104,21 @@ def forward(call, operands, begin, fresh, keep):
     scratch = {f"{name}_turned": x for name, x in scratch.items()}
     found = _call(_forward_body, shapes, inputs, results, scratch, writing + reading, transcendentals)
     return (
-        _turned_back(found["out"], value.shape[-1]),
-        _named(found, "end", shapes),
-        _named(found, "anchor", shapes) if call.anchored else None,
-        _named(found, "kept", shapes) if keep else None,
+        turned_back(found["out"], value.shape[-1]),
+        named_states(found, "end", shapes),
+        named_states(found, "anchor", shapes) if call.anchored else None,
+        named_states(found, "kept", shapes) if keep else None,
     )
 
 
 def backward(call, operands, fresh, states, d_out, d_end, d_anchor):
     """See `kernels.memory_plan`."""
-    shapes = _shapes(call, operands, d_end, backward=True)
+    shapes = shapes_of(call, operands, d_end, backward=True)
     width = d_out.shape[-1]
-    inputs = _inputs(shapes, operands) | {"d_out": (_turned(d_out), shapes.wide_spec(width))}
+    inputs = _inputs(shapes, operands) | {"d_out": (turned(d_out), shapes.wide_spec(width))}
     inputs |= {f"kept_{name}": (x, shapes.kept_spec(name)) for name, x in states.items()}
-    inputs |= _of_states(shapes, "d_end", d_end) | _of_states(shapes, "d_anchor", d_anchor or {})
-    inputs |= _of_states(shapes, "fresh", fresh or {})
+    inputs |= of_states(shapes, "d_end", d_end) | of_states(shapes, "d_anchor", d_anchor or {})
+    inputs |= of_states(shapes, "fresh", fresh or {})
     results = {
         f"d_{name}": (
             jax.ShapeDtypeStruct((shapes.batch, shapes.heads * c, shapes.tokens), operands[name].dtype),
@@ -256,7 +129,7 @@ def backward(call, operands, fresh, states, d_out, d_end, d_anchor):
     if shapes.rows:
         packed = (shapes.batch, shapes.heads // shapes.group, shapes.padded_rows, shapes.tokens)
         results["d_rows"] = (jax.ShapeDtypeStruct(packed, jnp.float32), shapes.rows_spec)
-    results |= _state_structs(shapes, "d_begin") | (_state_structs(shapes, "d_fresh") if fresh else {})
+    results |= state_structs(shapes, "d_begin") | (state_structs(shapes, "d_fresh") if fresh else {})
     scratch = _scratch(shapes, {**shapes.wide, "d_out": width, **{f"d_{n}": c for n, c in shapes.wide.items()}})
     if shapes.rows:
         scratch |= dict.fromkeys(("columns", "d_columns"), pltpu.VMEM((shapes.block, shapes.padded_rows), jnp.float32))
@@ -269,12 +142,12 @@ def backward(call, operands, fresh, states, d_out, d_end, d_anchor):
     # The states between chunks, then each chunk once more, and two products for the gradient of each.
     flops = writing + 3 * (writing + reading)
     found = _call(_backward_body, shapes, inputs, results, scratch, flops, 2 * transcendentals)
-    d_operands = {name: _turned_back(found[f"d_{name}"], c) for name, c in shapes.wide.items()}
+    d_operands = {name: turned_back(found[f"d_{name}"], c) for name, c in shapes.wide.items()}
     if shapes.rows:
-        d_operands |= _unpacked(shapes, found["d_rows"])
+        d_operands |= unpacked(shapes, found["d_rows"])
     if "start" in d_operands:
         d_operands["start"] = jnp.zeros_like(operands["start"])
-    return d_operands, _named(found, "d_begin", shapes), _named(found, "d_fresh", shapes) if fresh else None
+    return d_operands, named_states(found, "d_begin", shapes), named_states(found, "d_fresh", shapes) if fresh else None
 
 
 def _turn_in(refs, shapes, names):

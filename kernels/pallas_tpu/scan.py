@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from kernels import compat, scan_plan, tuning
 from kernels.pallas_tpu import scan_channel, scan_delta, scan_scalar
-from kernels.pallas_tpu.scan_parts import Products, decay_sums
+from kernels.pallas_tpu.scan_parts import Products, decay_sums, turned, turned_back
 
 VMEM_BYTES = 60 * 2**20
 
@@ -113,20 +113,9 @@ def _shapes(kind, query, value, log_decay, **static) -> _Shapes:
     )
 
 
-def _turned(x):
-    """`(B, N, H, D)` as `(B, H * D, N)`."""
-    batch, tokens, heads, channels = x.shape
-    return x.transpose(0, 2, 3, 1).reshape(batch, heads * channels, tokens)
-
-
 def _turned_shape(x):
     batch, tokens, heads, channels = x.shape
     return jax.ShapeDtypeStruct((batch, heads * channels, tokens), x.dtype)
-
-
-def _turned_back(x, like):
-    batch, tokens, heads, channels = like.shape
-    return x.reshape(batch, heads, channels, tokens).transpose(0, 3, 1, 2)
 
 
 def _rows(shapes, arrays):
@@ -146,12 +135,12 @@ def _operands(shapes, query, key, value, beta, log_decay):
     """The operands of both kernels: names to pairs of an array and how it comes in blocks."""
     channels, values = shapes.channels, shapes.values
     found = {
-        "query": (_turned(query), shapes.wide(channels)),
-        "key": (_turned(key), shapes.wide(channels)),
-        "value": (_turned(value), shapes.wide(values)),
+        "query": (turned(query), shapes.wide(channels)),
+        "key": (turned(key), shapes.wide(channels)),
+        "value": (turned(value), shapes.wide(values)),
     }
     if shapes.kind == "channel":
-        found["log_decay"] = (_turned(log_decay), shapes.wide(channels))
+        found["log_decay"] = (turned(log_decay), shapes.wide(channels))
         return found
     gates = () if beta is None else (beta,)
     if log_decay is not None:
@@ -204,7 +193,7 @@ def forward(kind, query, key, value, beta, log_decay, initial_state, *, chunk, s
     sizes = chunk, shapes.channels, shapes.values
     transcendentals = scan_plan.transcendentals(kind, chunk, shapes.channels, shapes.decayed)
     found = _call(_forward_body, shapes, operands, results, scan_plan.forward_flops(kind, *sizes), transcendentals)
-    return _turned_back(found["out"], value), found["final"], found.get("states")
+    return turned_back(found["out"], value.shape[-1]), found["final"], found.get("states")
 
 
 def backward(kind, query, key, value, beta, log_decay, initial_state, states, d_out, d_final_state, *, chunk, scale):
@@ -212,7 +201,7 @@ def backward(kind, query, key, value, beta, log_decay, initial_state, states, d_
     shapes = _shapes(kind, query, value, log_decay, chunk=chunk, scale=scale, backward=True)
     channels, values = shapes.channels, shapes.values
     operands = _operands(shapes, query, key, value, beta, log_decay)
-    operands["d_out"] = (_turned(d_out), shapes.wide(values))
+    operands["d_out"] = (turned(d_out), shapes.wide(values))
     operands["states"] = (states, shapes.states)
     operands["d_final"] = (d_final_state, shapes.state)
     results = {
@@ -232,13 +221,13 @@ def backward(kind, query, key, value, beta, log_decay, initial_state, states, d_
     found = _call(_backward_body, shapes, operands, results, scan_plan.backward_flops(kind, *sizes), transcendentals)
     d_beta = d_log_decay = None
     if "d_log_decay" in found:
-        d_log_decay = _turned_back(found["d_log_decay"], log_decay)
+        d_log_decay = turned_back(found["d_log_decay"], channels)
     if rows:
         gates = _from_rows(shapes, found["d_gates"])
         d_beta = gates[0] if kind == "delta" else None
         d_log_decay = gates[-1] if shapes.decayed else None
-    wide = (("d_query", query), ("d_key", key), ("d_value", value))
-    gradients = (_turned_back(found[name], like) for name, like in wide)
+    wide = (("d_query", channels), ("d_key", channels), ("d_value", values))
+    gradients = (turned_back(found[name], size) for name, size in wide)
     return *gradients, d_beta, d_log_decay, found["d_initial"]
 
 

@@ -1,4 +1,4 @@
-"""What the bodies of the TPU's recurrences are made of: products, masks, decays of a chunk of a head."""
+"""What the TPU's recurrences are made of: how operands lie; products, masks, decays of a chunk of a head."""
 
 from typing import NamedTuple
 
@@ -52,6 +52,18 @@ def _product(left, right, contract, precision):
 def _halves(x):
     high = x.astype(jnp.bfloat16)
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def turned(x):
+    """`(B, N, H, c)` as `(B, H * c, N)`."""
+    batch, tokens, heads, channels = x.shape
+    return x.transpose(0, 2, 3, 1).reshape(batch, heads * channels, tokens)
+
+
+def turned_back(x, channels: int):
+    """The inverse, of heads of `channels`."""
+    batch, width, tokens = x.shape
+    return x.reshape(batch, width // channels, channels, tokens).transpose(0, 3, 1, 2)
 
 
 def places(rows: int, columns: int):
