@@ -11,6 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from kernels import compat, delta_rule, tuning
 from kernels.cluster import routing_attention
+from kernels.memory import MemoryRule, miras
 
 ENTRY = dict(
     device="nvidia h100",
@@ -166,6 +167,21 @@ def test_a_measured_choice_changes_the_delta_rule_on_a_tpu(stored):
             "scan_delta_forward": grid,
             "scan_delta_backward": grid,
         }
+
+
+def test_a_measured_choice_changes_a_memory_on_a_tpu(stored):
+    rows = jax.ShapeDtypeStruct((1, 256, 4, 16), jnp.float32)
+    weights = dict.fromkeys(("w1", "w2"), jnp.zeros((4, 16, 16)))
+    rule = MemoryRule("mlp", "l2", "none")
+    op = gradient_of(lambda *wide: miras(*wide, weights, rule=rule, step=wide[0], implementation="pallas_tpu"))
+    stored(
+        {"device": "tpu v5", "op": "memory", "shape": {"chunk": 16}, "blocks": {"tokens": 256}},
+        {"device": "tpu v5", "op": "memory_heads", "shape": {"w1": 16, "w2": 16}, "blocks": {"heads": 4}},
+    )
+    for kind, grid in (("TPU v4", (1, 2, 2)), ("TPU v5 lite", (1, 1, 1))):
+        with on(kind):
+            kernels = launched(op, rows, rows, rows)
+        assert {name: grid for name, (grid, _) in kernels.items()} == {"memory_forward": grid, "memory_backward": grid}
 
 
 def test_a_measured_choice_changes_the_tiles_of_clusters(stored):

@@ -60,6 +60,8 @@ def kernels(size: str) -> list[Case]:
         sequence.gated(*scans, decay="channel"),
         sequence.delta(*scans),
         sequence.delta(*scans, decay=True),
+        sequence.routing(*scans),
+        sequence.memory(*scans),
     ]
 
 
