@@ -106,7 +106,9 @@ def miras(
 
     Returns:
         `(B, N, H, E)` in the dtype of `value`, or a pair with the state; computed in float32 (float64 for float64
-        values). The backward pass keeps the states of chunks' starts only (of every token for `"recurrent"`).
+        values). The backward pass keeps the states of chunks' starts only (of every token for `"recurrent"`). The
+        TPU's kernel keeps one in 128 tokens, and rounds the operands of its products to bfloat16, as XLA does there by
+        default, where query, key and value are bfloat16; for float32 ones it does not.
 
     Raises:
         ValueError: for shapes that do not fit, a gate that the rule needs and lacks or has and does not use.
