@@ -23,10 +23,15 @@ class Counts:
     matmul_flops: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+        return Counts(
+            self.flops + other.flops,
+            self.transcendentals + other.transcendentals,
+            self.bytes + other.bytes,
+            self.matmul_flops + other.matmul_flops,
+        )
 
     def __mul__(self, times: int) -> "Counts":
-        return Counts(*(a * times for a in dataclasses.astuple(self)))
+        return Counts(self.flops * times, self.transcendentals * times, self.bytes * times, self.matmul_flops * times)
 
 
 ELEMENTWISE = frozenset(

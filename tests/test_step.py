@@ -14,7 +14,6 @@ from tests import runs
 from train import config as config_lib
 from train import inputs, optim, program, sharding, sources, step, tasks
 from zoo import registry
-from zoo.pretrained import abstract_variables
 
 MODEL = zoo.create_model("davit_nano", depths=(1,), dims=(8,), num_heads=(2,), in_chans=1)
 TASK = tasks.Classify(10, (0.5,), (0.5,), label_smoothing=0.1)
@@ -151,27 +150,6 @@ def test_moments_and_averages_lie_where_their_parameter_lies(digits):
     for tree in (adam.mu, adam.nu, state.ema["params"]):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             assert leaf.sharding == places[sharding.path_of(path)]
-
-
-# Of models that differ in size alone, one.
-DISTINCT = {"davit_tiny", "davit_base_fl", "maxvit_tiny_tf_224", "maxvit_tiny_rw_224", "maxvit_rmlp_small_rw_224"}
-DISTINCT |= {"biformer_tiny", "biformer_stl", "biformer_stl_nchw", "care_s0", *zoo.list_models("*_nano")}
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in DISTINCT else pytest.param(name, marks=pytest.mark.slow) for name in zoo.list_models()]
-)
-def test_every_parameter_has_a_place(name):
-    mesh = sharding.make_mesh(dict(data=1, fsdp=2, tensor=4, sequence=1))
-    model = zoo.create_model(name)
-    shapes = abstract_variables(model)
-    rules = registry.family_of(name).sharding_rules
-    split = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        spec = sharding.param_spec(sharding.path_of(path), leaf.shape, rules, mesh)
-        split.append((leaf.size, any(spec)))
-    # What stays whole are vectors and small kernels, so a device holds far less than the whole.
-    assert sum(size for size, is_split in split if is_split) > 0.9 * sum(size for size, _ in split)
 
 
 def test_errors_of_meshes_rules_and_batches():
