@@ -269,8 +269,8 @@ class Run:
     [
         ((), 3),
         (("--no-rename",), 1),
-        pytest.param((), 20, marks=pytest.mark.slow),
-        pytest.param(("--no-rename",), 20, marks=pytest.mark.slow),
+        pytest.param((), 10, marks=pytest.mark.slow),
+        pytest.param(("--no-rename",), 10, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_from_the_step_before(tmp_path, options, kills):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -80,11 +81,11 @@ def assert_same_as(straight, workdir, result) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, 12])
-def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path, kills):
-    draw = random.Random(kills)
+def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path):
+    """Ten kills, also in the start-up, are `train.fault_runs.kills`."""
+    draw = random.Random(12)
     workdir = tmp_path / "killed"
-    for _ in range(kills):
+    for _ in range(4):
         child = runs.start(workdir)
         try:
             # Any moment from the first checkpoint on; a run that is done by then shows that case.
@@ -220,7 +221,7 @@ def test_two_processes(straight, tmp_path):
             **job,
             SLURM_PROCID=rank,
             SLURM_LOCALID=rank,
-            XLA_FLAGS="--xla_force_host_platform_device_count=4",
+            XLA_FLAGS=os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4"),
         )
         for rank in "01"
     ]
