@@ -114,6 +114,7 @@ def test_the_others_end_when_a_process_is_killed_and_all_go_on(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_processes_stop_together_and_go_on_in_any_number(tmp_path):
     """One of two is told to stop; four go on, then one: the metrics are those of a run in one piece."""
     settings = dict(total_steps=40, checkpoint__every_steps=7, eval_every=0)

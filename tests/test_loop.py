@@ -81,6 +81,7 @@ def assert_same_as(straight, workdir, result) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_run_ends_as_if_it_had_not_been(straight, tmp_path):
     """Ten kills, also in the start-up, are `train.fault_runs.kills`."""
     draw = random.Random(12)

@@ -59,10 +59,10 @@ def test_a_small_map_compiles_for_a_tpu():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("soft", [False, True])
 def test_models_compile_for_every_tpu(soft):
-    found = in_tpu_process(
-        compile_bilevel, ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"], STAGES, 16, ["bfloat16", "float32"], soft
-    )
+    topologies = ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"]
+    found = in_tpu_process(compile_bilevel, topologies, STAGES, 16, ["bfloat16", "float32"], soft, seconds=550)
     assert len(found) == 24
     check(found, soft)
