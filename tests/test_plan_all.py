@@ -106,12 +106,19 @@ def abstract(array, sharding):
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
+# More blocks of one kind are compiled one by one, and show nothing else.
+ONE, EACH, OF_ROWS = ("model.overrides.depths=(1,)",), ("model.overrides.depths=(1, 1)",), ("model.overrides.depth=1",)
+SHALLOW = dict.fromkeys(list(plan_all.NANOS)[7:], OF_ROWS) | dict(vit_nano=ONE, dcal_nano=ONE, care_nano=EACH)
+SHALLOW["routing_transformer_seq2seq_nano"] += ("model.overrides.encoder_depth=1",)
+
+
 def plans(names, topology, effort):
     """What the compiler of a TPU makes of models, with the weights divided over all chips."""
     found = {}
     for name in names:
         config, words = (plan_all.MODELS | plan_all.NANOS)[name]
-        overrides = [f"--config.{word}" for word in (*words, *plan_all.MESHES["fsdp"].split(","))]
+        words = (*words, *plan_all.MESHES["fsdp"].split(","), *SHALLOW.get(name, ()))
+        overrides = [f"--config.{word}" for word in words]
         (made,) = command.make(config, topology, overrides=overrides, effort=effort)
         found[name] = dataclasses.asdict(made)
     return found
