@@ -23,14 +23,15 @@ def models(kind, pattern="*"):
 
 
 PATCHES = pathlib.Path(__file__).parent / "data" / "tfds" / "colour_patches" / "1.0.0"
+NARROW = ("model.overrides.depths=(1, 1, 1, 1)", "model.overrides.dims=(24, 48, 96, 192)")
 SMALL = ("model.overrides.depths=(1,)", "model.overrides.dims=(8,)", "model.overrides.num_heads=(1,)")
 RUNS = [
     ("davit_tiny", SMALL),
-    pytest.param("davit_tiny", (), marks=pytest.mark.slow),
+    pytest.param("davit_tiny", NARROW, marks=pytest.mark.slow),
     pytest.param("maxvit_nano", (), marks=pytest.mark.slow),
     pytest.param("biformer_nano", (), marks=pytest.mark.slow),
-    pytest.param("care_nano", ("distill.teacher=",), marks=pytest.mark.slow),
-    pytest.param("vit_nano", (), marks=pytest.mark.slow),
+    pytest.param("care_nano", ("distill.teacher=", "model.overrides.depths=(1, 1)"), marks=pytest.mark.slow),
+    pytest.param("vit_nano", ("model.overrides.depths=(1,)",), marks=pytest.mark.slow),
 ]
 
 

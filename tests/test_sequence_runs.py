@@ -27,7 +27,7 @@ MEMORY = dict(TINY, model__overrides__memory_chunk=4)
 RECALL = dict(data__length=16, data__options__num_kv_pairs=2, data__options__num_tokens=18, data__eval_examples=24)
 # Config -> what makes it small.
 RUNS = {
-    "configs/recall.py:mqar,moneta": {**MEMORY, **RECALL},
+    "configs/recall.py:mqar,moneta": {**MEMORY, **RECALL, "model__overrides__depth": 1},
     "configs/text.py:yaad_h_nano": {**MEMORY, "data__length": 32, "data__name": "files"},
     "configs/raster.py:routing_transformer_image_nano": {"model__overrides__depth": 1},
     "configs/recall.py:copy,routing_transformer_seq2seq": {
