@@ -87,6 +87,8 @@ def _refusal(query, key, value, weights, *gates, backend, rule, chunk_size, form
         return f"algorithm={rule.algorithm!r} is not that of the kernel, which is 'gradient'"
     if isinstance(rule.memory, Vector):
         return "the kernel is for the memories 'mlp' and 'matrix', not for 'vector'"
+    if isinstance(rule.memory, MLP) and rule.memory.gelu == "erf":
+        return "MLP(gelu='erf') is left to implementation='xla', as a TPU's kernel has no erfc; gelu='tanh' would do"
     if getattr(rule.retention, "first", False):
         return "Decay(first=True) is left to implementation='xla'"
     if segments is not None and not aligned:
@@ -122,7 +124,8 @@ def walk(
         backend, rule, chunk, anchored: static; see `Call`.
         fresh: the state that a document starts from, of each head of each sample, `(B * H, R, C)`.
         begin: where the memory stands, likewise; a chunk begins.
-        tokens: operands `(B, N, H, c)`, N a multiple of `chunk`; `live` is where gates are neutral, as they are.
+        tokens: operands `(B, N, H, c)`, N a multiple of `chunk`; `live` is not looked at, as the gates of fillers
+            are neutral.
 
     Returns:
         Where the memory stands after them, and the outputs `(B, N, H, E)`.

@@ -13,7 +13,7 @@ import zoo
 from kernels import compat, memory_plan
 from kernels.cost import cost
 from kernels.dispatch import record_choices
-from kernels.memory import Decay, MemoryRule, SquaredError, initial_memory, memora, miras, moneta, yaad
+from kernels.memory import MLP, Decay, Entropy, MemoryRule, SquaredError, initial_memory, memora, miras, moneta, yaad
 from kernels.pallas_tpu import memory_chunk
 from kernels.pallas_tpu.memory import BACKEND
 from tests import memories
@@ -114,6 +114,17 @@ def test_gates_of_a_head_and_no_documents(name):
 
 
 @slow
+def test_gates_of_heads_beside_gates_of_channels():
+    """Also simplexes along a matrix's outputs, of another sum, and keys and values of different widths."""
+    rule = MemoryRule("matrix", "huber_coord", Entropy("channel", total=2.5, interior="linear"))
+    arrays, gates = operands(rule, 40)
+    gates |= {name: gates[name][..., 0] for name in ("step", "threshold")}
+    given = (arrays, gates, None, None)
+    given += (directions(rule, *given),)
+    assert_close(jitted(rule, "pallas_tpu")(*given), in_float64(rule, *given), 2e-5)
+
+
+@slow
 @pytest.mark.parametrize("name", ["yaad", "memora"])
 def test_goes_on_from_any_place_of_a_chunk(name):
     """Rows stand at different places; what follows is longer than a block, or ends in the chunk that had begun."""
@@ -199,11 +210,17 @@ def test_what_the_kernel_does_not_serve_is_left_to_xla():
     none = jax.tree.map(lambda x: x[:0], (arrays | {"weights": None}, gates))
     assert "nothing to compute" in refusal(none[0] | {"weights": arrays["weights"]}, none[1], rule)
     narrow = jax.tree.map(lambda x: x[..., :9], (arrays | {"weights": None}, no_threshold))
+    erf = MemoryRule(MLP(gelu="erf"), "l2", "decay")
+    assert "gelu='erf'" in refusal(arrays, no_threshold, erf)
     weights = {"w1": jnp.zeros((1, 9, 32)), "w2": jnp.zeros((1, 32, 9))}
     assert "multiples of 16" in refusal(narrow[0] | {"weights": weights}, narrow[1], MemoryRule("mlp", "l2", "decay"))
     huge = jax.ShapeDtypeStruct
     weights = {"w1": huge((1, 16, 65536), jnp.float32), "w2": huge((1, 65536, 16), jnp.float32)}
     assert "MiB of fast memory" in refusal(arrays | {"weights": weights}, gates, rule)
+    # By libtpu 62 MiB with Entropy("matrix", interior="linear"), and 64 with Moneta's gate, of 60.
+    assert "MiB of fast memory" in BACKEND.unsupported(8, {"w": (800, 512)})
+    assert "MiB of fast memory" in BACKEND.unsupported(128, {"w1": (256, 1280), "w2": (1280, 256)})
+    assert BACKEND.unsupported(64, {"w1": (256, 1024), "w2": (1024, 256)}) is None
 
 
 @slow

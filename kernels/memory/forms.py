@@ -100,8 +100,8 @@ def miras(
             the first of a row goes on from `initial_state`. Nothing is read or written across. Chunks stay aligned
             with the row: a document that starts inside a chunk takes its first gradients, up to the chunk's end, at
             `weights`. To have it computed as it would be alone, start it at a multiple of `chunk_size`.
-        aligned: a promise that documents start at chunks' starts only, which halves the work; where one does not,
-            it goes on with the memory of the document before up to the next chunk.
+        aligned: a promise that documents start at chunks' starts only, which halves the work; one that does not goes
+            on with the memory of the document before.
         implementation: None, a name or an order of preference; see `kernels.dispatch`.
 
     Returns:

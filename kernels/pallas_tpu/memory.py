@@ -41,10 +41,15 @@ def unsupported(chunk: int, shapes: dict[str, tuple[int, int]]) -> str | None:
     for name, (rows, columns) in shapes.items():
         if rows % 16 or columns % 16:
             return f"weights[{name!r}] are {rows} x {columns} of a head; the kernel takes multiples of 16"
+    block = block_tokens(chunk)
     # The states of a block's chunks, and as many again as have operands and results: initial, fresh, last, gradients.
-    needed = (block_tokens(chunk) // chunk + 20) * _state_bytes(shapes)
+    needed = (block // chunk + 20) * _state_bytes(shapes)
+    # At most seven operands and six gradients of a head's tokens, each in two buffers and once turned.
+    needed += 13 * 3 * 4 * block * max(shapes["w"] if "w" in shapes else shapes["w2"][1:])
+    # About as many of a chunk's hidden units, or outputs, does the backward pass have at a time.
+    needed += 16 * 4 * chunk * max(map(max, shapes.values()))
     if needed > VMEM_BYTES:
-        return f"the states of a head want {needed / 2**20:.0f} MiB of fast memory; the kernel has {VMEM_BYTES >> 20}"
+        return f"a head wants {needed / 2**20:.0f} MiB of fast memory; the kernel has {VMEM_BYTES >> 20}"
     return None
 
 

@@ -151,7 +151,6 @@ def by_outputs(narrow, before, log_retention, weights, y):
 
 def _by_outputs_backward(narrow, before, kept, d):
     log_retention, weights, y = kept
-    rows, columns = _places(len(y))
     d_weights = _by_inputs(narrow, before, log_retention, d, y)
     d_y = _by_outputs(narrow, before, log_retention, weights, d, "TN")
     out = _by_outputs(narrow, before, log_retention, weights, y)
