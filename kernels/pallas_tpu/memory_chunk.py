@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from kernels.memory.rule import MemoryRule
+from kernels.pallas_tpu.scan_parts import NN, NT, TN, places
 
 State = dict[str, jax.Array]
-# `left @ right`, `left @ right^T`, `left^T @ right`.
-CONTRACT = {"NN": ((1,), (0,)), "NT": ((1,), (1,)), "TN": ((0,), (0,))}
+CONTRACT = {"NN": NN, "NT": NT, "TN": TN}
 
 
 class Chunk(NamedTuple):
@@ -71,10 +71,6 @@ def _product_backward(narrow, form, kept, d):
 product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
-def _places(size: int):
-    return tuple(jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
-
-
 def _sums(log_retention, which):
     """Sums over the tokens that `which (b, b)` says."""
     return product(False, "NN", which.astype(jnp.float32), log_retention)
@@ -86,7 +82,7 @@ def _levels(log_retention, before: bool):
     That is at a token of a block's second half since the place between the halves, before its own decay if reads come
     before; and at the place between of a token of the first half.
     """
-    rows, columns = _places(len(log_retention))
+    rows, columns = places(len(log_retention), len(log_retention))
     for level in range(len(log_retention).bit_length() - 1):
         size = 1 << level
         later = jnp.bitwise_and(rows, size) > 0
@@ -99,13 +95,13 @@ def _levels(log_retention, before: bool):
 
 
 def _diagonal(square):
-    rows, columns = _places(len(square))
+    rows, columns = places(len(square), len(square))
     return jnp.where(rows == columns, square, 0.0).sum(1, keepdims=True)
 
 
 def _by_inputs(narrow, before, log_retention, x, y):
     """sum_c kernel_tic x_tc y_ic, `(b, b)`."""
-    rows, columns = _places(len(x))
+    rows, columns = places(len(x), len(x))
     own = 0.0 if before else jnp.where(rows == columns, (x * y).sum(1, keepdims=True), 0.0)
     for pairs, left in _levels(log_retention, before):
         own += jnp.where(pairs, product(narrow, "NT", x * left, y * left), 0.0)
@@ -122,7 +118,7 @@ def _by_outputs(narrow, before, log_retention, weights, y, form="NN"):
 
 def _d_log_retention(before, later, earlier):
     """From the gradients of the decay up to a later token and, with the other sign, from an earlier one."""
-    rows, columns = _places(len(later))
+    rows, columns = places(len(later), len(later))
     reached = _sums(later, (rows < columns) if before else (rows <= columns))
     return reached - _sums(earlier, rows <= columns)
 
@@ -189,7 +185,7 @@ def forward(
     if not read:
         return state, after, None
     before = rule.read == "before"
-    rows, columns = _places(len(chunk.key))
+    rows, columns = places(len(chunk.key), len(chunk.key))
     seen = (columns < rows) if before else (columns <= rows)
 
     def linear(name, x):
@@ -237,7 +233,7 @@ def _surprise(rule, narrow, weights, chunk):
 
 def _after(narrow, side, state, log_retention, error, given):
     """The state after the chunk."""
-    rows, columns = _places(len(given))
+    rows, columns = places(len(given), len(given))
     kept = jnp.exp(_sums(log_retention, rows < columns))
     if side == "in":
         decay = jnp.exp(log_retention.sum(0, keepdims=True))
